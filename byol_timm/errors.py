@@ -1,0 +1,10 @@
+"""The one error that byol_timm raises for faults its user can mend."""
+
+
+class ByolTimmError(ValueError):
+    """A fault of the input, the settings or the machine, told in one line: what, which value, what to do.
+
+    Recipes print it without a traceback and exit with `exit_code`.
+    """
+
+    exit_code = 2
