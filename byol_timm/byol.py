@@ -1,0 +1,125 @@
+"""BYOL: an online and a target network in one module, and the loss between them (Grill et al. 2020, section 3)."""
+
+import copy
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from .encoder import encoder_width
+
+
+class BYOL(nn.Module):
+    """An encoder with everything that BYOL adds to it: projector, predictor and the target network.
+
+    encoder: images [B, C, H, W] -> representations [B, width]; trained in place.
+    width: of the representation; asked from a timm encoder when None.
+    num_head_layers: 2 as in the paper; 3 as MoCo v3 has for transformers.
+
+    In training the target's BatchNorms use (and track) the statistics of its own batches, while everything random in
+    the target (dropout, drop path) stays off.
+    """
+
+    def __init__(
+        self,
+        encoder: nn.Module,
+        *,
+        width: int | None = None,
+        hidden_dim: int = 4096,
+        projection_dim: int = 256,
+        num_head_layers: int = 2,
+    ) -> None:
+        super().__init__()
+        width = encoder_width(encoder) if width is None else width
+        self.encoder = encoder
+        self.projector = mlp(width, hidden_dim, projection_dim, num_head_layers)
+        self.predictor = mlp(projection_dim, hidden_dim, projection_dim)
+        self.target_encoder = copy.deepcopy(encoder).requires_grad_(False)
+        self.target_projector = copy.deepcopy(self.projector).requires_grad_(False)
+        self.train()
+
+    def forward(self, view1: Tensor, view2: Tensor | None = None, *, target: Tensor | None = None) -> dict[str, Tensor]:
+        """The loss of two views of the same images, [B, C, H, W] each, with label-free figures of health.
+
+        Given `target` (from `target_projections`) instead of `view2`: that one direction of the loss. The two
+        directions share no activations, so one backward pass per direction gives the same gradients as one for their
+        sum at about half the memory.
+
+        Returns a dict: `loss` (scalar, 0 to 8, or 0 to 4 for one direction), `agreement` (mean cosine of online and
+        target projection), `representation` [B, width] of the (first) view, detached.
+        """
+        if target is not None:
+            return self._direction(view1, target)
+        if view2 is None:
+            raise TypeError("BYOL takes two views, or one view and the target projection of the other")
+        target1, target2 = self.target_projections(view1, view2)
+        first, second = self._direction(view1, target2), self._direction(view2, target1)
+        return {
+            "loss": first["loss"] + second["loss"],
+            "agreement": (first["agreement"] + second["agreement"]) / 2,
+            "representation": first["representation"],
+        }
+
+    def _direction(self, view: Tensor, target: Tensor) -> dict[str, Tensor]:
+        representation = self.encoder(view)
+        projection = self.projector(representation)
+        prediction = self.predictor(projection)
+        return {
+            "loss": regression_loss(prediction, target),
+            "agreement": (normalize(projection.detach()) * normalize(target)).sum(1).mean(),
+            "representation": representation.detach(),
+        }
+
+    @torch.no_grad()
+    def target_projections(self, *views: Tensor) -> list[Tensor]:
+        """The target network's projections [B, projection_dim] of each view, without gradient."""
+        # One pass per view: batch statistics must not mix the views.
+        return [self.target_projector(self.target_encoder(view)) for view in views]
+
+    @torch.no_grad()
+    def update_target(self, decay: float) -> None:
+        """`target <- decay * target + (1 - decay) * online`, for parameters only; call it once per optimizer step.
+
+        Buffers are left alone: the target's batch statistics come from its own forward passes.
+        """
+        online = [*self.encoder.parameters(), *self.projector.parameters()]
+        target = [*self.target_encoder.parameters(), *self.target_projector.parameters()]
+        torch._foreach_lerp_(target, online, 1 - decay)
+
+    def train(self, mode: bool = True) -> "BYOL":
+        super().train(mode)
+        for network in (self.target_encoder, self.target_projector):
+            for module in network.modules():
+                module.training = mode and isinstance(module, _BatchNorm)
+        return self
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of parameters that the encoder wants exempt from weight decay, such as position embeddings."""
+        exempt = getattr(self.encoder, "no_weight_decay", set)()
+        return {f"encoder.{name}" for name in exempt}
+
+
+def mlp(in_dim: int, hidden_dim: int, out_dim: int, num_layers: int = 2) -> nn.Sequential:
+    """A projector or predictor: hidden layers of Linear, BatchNorm, ReLU, then Linear without bias or norm."""
+    layers: list[nn.Module] = []
+    for _ in range(num_layers - 1):
+        layers += [nn.Linear(in_dim, hidden_dim), nn.BatchNorm1d(hidden_dim), nn.ReLU(inplace=True)]
+        in_dim = hidden_dim
+    return nn.Sequential(*layers, nn.Linear(in_dim, out_dim, bias=False))
+
+
+def normalize(x: Tensor) -> Tensor:
+    """Rows of x [B, d] with l2 norm 1, in float32; a zero row stays zero."""
+    x = x.float()
+    return x * torch.rsqrt(x.square().sum(1, keepdim=True).clamp(min=1e-12))
+
+
+def regression_loss(prediction: Tensor, projection: Tensor) -> Tensor:
+    """One direction of the loss: the mean over the batch of `|q/|q| - z'/|z'||^2`, 0 to 4 (equation 2 of the paper)."""
+    return (normalize(prediction) - normalize(projection.detach())).square().sum(1).mean()
+
+
+def target_decay(step: int, total_steps: int, base: float) -> float:
+    """tau of the step: from `base` at step 0 to 1 at the end, along a cosine (Grill et al. 2020, section 3.2)."""
+    return 1 - (1 - base) * (math.cos(math.pi * step / total_steps) + 1) / 2

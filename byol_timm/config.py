@@ -1,0 +1,244 @@
+"""Settings: frozen dataclasses whose fields are command-line flags and the keys of YAML presets."""
+
+import contextlib
+import dataclasses
+import difflib
+import io
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+
+from .errors import ByolTimmError
+
+Config = TypeVar("Config")
+
+
+@dataclasses.dataclass(frozen=True)
+class PretrainConfig:
+    """Pretrain a timm backbone with BYOL. Without any flag: resnet18 on scikit-learn's digits, in minutes on a CPU.
+
+    Flags win over --config. A setting left at None is chosen by the data and the backbone; the run prints what it
+    chose and writes it to config.yaml. Devices, mixed precision and gradient accumulation belong to accelerate launch.
+    """
+
+    backbone: str = "resnet18"
+    """A timm name, with a pretrained tag or without; hf-hub:user/name; local-dir:folder."""
+    backbone_kwargs: tuple[str, ...] = ()
+    """Arguments of the timm model as key=value, or `auto`: what keeps spatial structure in small images."""
+    pretrained: bool = False
+    """Start from the backbone's pretrained weights."""
+    image_size: int | None = None
+    """Side of the square training images; None: 32 for digits, the images' own size up to 64, else 224."""
+    in_chans: int = 3
+    """Channels of the images as the encoder sees them: 1 grey, 3 RGB, 4 RGBA, or as many as the files have."""
+
+    dataset: str = "digits"
+    """`digits`; a folder of images; a .parquet or .arrow file or a folder of them; a Hub dataset id."""
+    dataset_config: str | None = None
+    """Configuration of a Hub dataset."""
+    split: str | None = None
+    """Split to train on; None: train."""
+    image_column: str | None = None
+    """Column that holds the images; None: the only one of type image."""
+    label_column: str | None = None
+    """Column that holds the labels, used for evaluation only; None: the only one of type class label."""
+    workers: int | None = None
+    """Data loading processes for images that do not fit in memory; None: one per core, at most 8."""
+    memory_limit: float = 2.0
+    """Images of one shape are held decoded in memory up to this many GB."""
+    on_bad_image: Literal["skip", "error"] = "skip"
+    """An image that cannot be read is replaced by the next one and counted, or ends the run."""
+
+    augmentation: Literal["auto", "paper", "torchvision", "small", "digits"] = "auto"
+    """Named set of augmentations; auto: digits for digits, small up to 64 px, else paper."""
+    crop_scale: tuple[float, float] | None = None
+    """Area of the random crop as a fraction of the image, lowest and highest."""
+    rotate: float | None = None
+    """Largest random rotation in degrees."""
+    flip: float | None = None
+    """Probability of a horizontal flip."""
+    jitter: float | None = None
+    """Probability of colour jitter."""
+    colors: Literal["paper", "torchvision"] | None = None
+    """Definition of the colour operations: the authors' code or torchvision."""
+    blur: tuple[float, float] | None = None
+    """Probability of Gaussian blur for view 1 and view 2."""
+    solarize: tuple[float, float] | None = None
+    """Probability of solarization for view 1 and view 2."""
+
+    epochs: int | None = None
+    """Passes over the training images."""
+    batch_size: int | None = None
+    """Images per process and forward pass; the global batch is this times processes times accumulation."""
+    opt: str | None = None
+    """lars, adamw, sgd, or any optimizer of timm; None: lars for networks with BatchNorm, adamw for others."""
+    lr: float | None = None
+    """Base learning rate, per 256 images of the global batch."""
+    weight_decay: float | None = None
+    """Weight decay, biases and norms exempt."""
+    target_decay: float | None = None
+    """tau at the first step; it rises to 1 along a cosine."""
+    warmup_epochs: float | None = None
+    """Epochs over which the learning rate rises linearly from 0."""
+    hidden_dim: int | None = None
+    """Hidden width of projector and predictor (paper: 4096)."""
+    projection_dim: int = 256
+    """Output width of projector and predictor."""
+    num_head_layers: int | None = None
+    """Layers of the projector: 2 as in the paper, or 3; None: 3 for transformers, else 2."""
+    freeze: tuple[str, ...] | None = None
+    """Parts of the encoder to leave untrained, by module name or `stem`; None: the patch embedding of transformers."""
+    grad_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, slower."""
+    compile: bool = False
+    """Compile the networks with torch.compile."""
+    channels_last: bool | None = None
+    """Memory layout; None: channels_last for convolutional encoders."""
+    seed: int = 0
+    """Everything random is a function of this seed and the position in training."""
+
+    output_dir: str | None = None
+    """Folder of the run; None: runs/BACKBONE-DATASET."""
+    save_every: int | None = None
+    """Steps between checkpoints; None: once per tenth of the run."""
+    log_every: int | None = None
+    """Steps between lines of metrics; None: a hundred lines in all."""
+    knn_every: int | None = None
+    """Epochs between kNN evaluations, where labels exist; None: ten in all."""
+    resume: bool = False
+    """Continue the run in output_dir from its newest good checkpoint."""
+    overwrite: bool = False
+    """Discard what output_dir holds."""
+    max_time: float | None = None
+    """Minutes after which the run stops with a checkpoint."""
+    on_collapse: Literal["warn", "stop"] = "warn"
+    """What to do when the representation collapses."""
+    report_to: tuple[str, ...] = ()
+    """Trackers besides metrics.jsonl: tensorboard, trackio, wandb, ... (through Accelerate)."""
+    push_to_hub: str | None = None
+    """Push the encoder to this Hub repository (user/name) at the end, private unless --public."""
+    public: bool = False
+    """Make the Hub repository public."""
+    push_training_state: bool = False
+    """Push target network and heads too, so that somebody else can continue."""
+    dry_run: bool = False
+    """Print what would be done, write views.png, and stop."""
+    debug: bool = False
+    """Show the traceback of an error."""
+
+
+def parse(config_class: type[Config], argv: Sequence[str] | None = None) -> Config:
+    """The settings that the command line asks for: defaults, then the YAML file of `--config`, then flags.
+
+    Raises `ByolTimmError` for an unknown flag or key (with the nearest valid name) and for a value of the wrong type.
+    """
+    import tyro
+
+    argv = list(sys.argv[1:] if argv is None else argv)
+    path, argv = _take_config(argv)
+    names = [field.name for field in dataclasses.fields(config_class)]  # type: ignore[arg-type]
+    _check_flags(argv, names)
+    if path is not None:
+        argv = [*_file_arguments(path, names), *argv]
+    output = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(output):
+            return tyro.cli(config_class, args=argv, use_underscores=True)
+    except SystemExit as stop:
+        if stop.code in (0, None):
+            raise
+        raise ByolTimmError(_plain(output.getvalue())) from None
+
+
+def to_yaml(config: Any) -> str:
+    """A config as the text of a file that `--config` reads back to the same values."""
+    values = {
+        key: list(value) if isinstance(value, tuple) else value for key, value in dataclasses.asdict(config).items()
+    }
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+
+
+def run(main: Callable[[], Any]) -> None:
+    """Call a recipe's `main`; a `ByolTimmError` becomes one line on stderr, once, and the exit code."""
+    try:
+        main()
+    except ByolTimmError as error:
+        if "--debug" in sys.argv:
+            traceback.print_exc()
+        if os.environ.get("RANK", "0") == "0":
+            text = " ".join(f"byol_timm: error: {error}".split())
+            print(text.encode(errors="backslashreplace").decode(), file=sys.stderr)
+        raise SystemExit(error.exit_code) from None
+
+
+def nearest(name: str, names: Sequence[str]) -> str:
+    """`name` of `names` that a typing error most likely meant, as the end of a sentence."""
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    return f"Did you mean {near[0]}?" if near else f"Known: {', '.join(names)}"
+
+
+def _take_config(argv: list[str]) -> tuple[str | None, list[str]]:
+    rest, path, index = [], None, 0
+    while index < len(argv):
+        token = argv[index]
+        if token == "--config":
+            if index + 1 == len(argv):
+                raise ByolTimmError("--config takes a YAML file")
+            path, index = argv[index + 1], index + 2
+        elif token.startswith("--config="):
+            path, index = token.partition("=")[2], index + 1
+        else:
+            rest.append(token)
+            index += 1
+    return path, rest
+
+
+def _check_flags(argv: list[str], names: list[str]) -> None:
+    for token in argv:
+        if token.startswith("--"):
+            flag = token[2:].partition("=")[0].replace("-", "_")
+            if flag not in (*names, "help") and flag.removeprefix("no_") not in names:
+                raise ByolTimmError(f"unknown flag {token.partition('=')[0]}. {nearest(flag, names)}")
+
+
+def _file_arguments(path: str, names: list[str]) -> list[str]:
+    """The settings of a YAML file as command-line arguments, so that both are read by one parser."""
+    try:
+        settings = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ByolTimmError(f"config file {path} cannot be read ({error.strerror})") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ByolTimmError(f"config file {path} is not YAML ({error})") from error
+    if settings is None:
+        return []
+    if not isinstance(settings, dict):
+        raise ByolTimmError(f"config file {path} must hold `key: value` lines")
+    arguments: list[str] = []
+    for key, value in settings.items():
+        if key not in names:
+            raise ByolTimmError(f"unknown key {key!r} in {path}. {nearest(str(key), names)}")
+        if isinstance(value, bool):
+            arguments.append(f"--{key}" if value else f"--no_{key}")
+        elif isinstance(value, dict):
+            arguments += [f"--{key}", *(f"{k}={v}" for k, v in value.items())]
+        elif isinstance(value, list):
+            arguments += [f"--{key}", *map(str, value)]
+        else:
+            arguments += [f"--{key}", str(value)]
+    return arguments
+
+
+def _plain(message: str) -> str:
+    """The first paragraph of a boxed message of the parser, in one line."""
+    lines = [line.strip(" │") for line in message.splitlines() if not line.startswith(("╭", "╰"))]
+    paragraph = []
+    for line in lines:
+        if line.startswith(("──", "Got errors")) or (paragraph and not line):
+            break
+        paragraph.append(line)
+    return " ".join(paragraph)

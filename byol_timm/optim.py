@@ -1,0 +1,96 @@
+"""Optimizers as BYOL uses them: LARS, parameter groups, and the learning rate as a function of the step."""
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+
+class LARS(torch.optim.Optimizer):
+    """Layer-wise adaptive rate scaling as in BYOL's released code (Grill et al. 2020, appendix J; You et al. 2017).
+
+    For every parameter p with gradient g, `g += wd p; r = eta |p| / |g|; m = momentum m + r g; p -= lr m`, with r = 1
+    where either norm is zero. A group with `adapt=False` gets neither decay nor adaptation: plain momentum SGD.
+    timm's `Lars` divides by `|g| + wd |p| + eps` instead, and stops adapting at `weight_decay=0`.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float,
+        *,
+        momentum: float = 0.9,
+        weight_decay: float = 0.0,
+        eta: float = 1e-3,
+    ) -> None:
+        defaults = dict(lr=lr, momentum=momentum, weight_decay=weight_decay, eta=eta, adapt=True)
+        super().__init__(params, defaults)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            if not params:
+                continue
+            grads = [p.grad for p in params]
+            if group["adapt"]:
+                grads = torch._foreach_add(grads, params, alpha=group["weight_decay"])
+                param_norms = torch.stack(torch._foreach_norm(params))
+                grad_norms = torch.stack(torch._foreach_norm(grads))
+                ratios = torch.where((param_norms > 0) & (grad_norms > 0), group["eta"] * param_norms / grad_norms, 1.0)
+                torch._foreach_mul_(grads, list(ratios.unbind()))
+            momenta = [self._momentum(p) for p in params]
+            torch._foreach_mul_(momenta, group["momentum"])
+            torch._foreach_add_(momenta, grads)
+            torch._foreach_add_(params, momenta, alpha=-group["lr"])
+        return loss
+
+    def _momentum(self, parameter: torch.Tensor) -> torch.Tensor:
+        state = self.state[parameter]
+        if "momentum" not in state:
+            state["momentum"] = torch.zeros_like(parameter)
+        return state["momentum"]
+
+
+def parameter_groups(module: nn.Module, weight_decay: float, *, no_weight_decay: Iterable[str] = ()) -> list[dict]:
+    """The trainable parameters in two groups: adapted and decayed; biases, norms and the names of `no_weight_decay`.
+
+    The second group carries `weight_decay=0` and, for `LARS`, `adapt=False`.
+    """
+    exempt = set(no_weight_decay)
+    decayed, plain = [], []
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            skip = parameter.ndim <= 1 or name.endswith(".bias") or name in exempt
+            (plain if skip else decayed).append(parameter)
+    return [
+        dict(params=decayed, weight_decay=weight_decay, adapt=True),
+        dict(params=plain, weight_decay=0.0, adapt=False),
+    ]
+
+
+def create_optimizer(
+    opt: str, module: nn.Module, *, lr: float, weight_decay: float, no_weight_decay: Iterable[str] = ()
+) -> torch.optim.Optimizer:
+    """`lars`, or any optimizer that `timm.optim.create_optimizer_v2` knows, over `parameter_groups(module)`."""
+    groups = parameter_groups(module, weight_decay, no_weight_decay=no_weight_decay)
+    if opt == "lars":
+        return LARS(groups, lr)
+    from timm.optim import create_optimizer_v2
+
+    for group in groups:
+        del group["adapt"]
+    return create_optimizer_v2(groups, opt, lr=lr, weight_decay=weight_decay)
+
+
+def learning_rate(step: int, *, total_steps: int, warmup_steps: int, peak: float) -> float:
+    """Linear from 0 to `peak` over the warm-up, then a cosine to 0 over the rest (Grill et al. 2020, section 3.2)."""
+    if step < warmup_steps:
+        return peak * step / warmup_steps
+    return peak * (1 + math.cos(math.pi * (step - warmup_steps) / (total_steps - warmup_steps))) / 2
