@@ -1,0 +1,233 @@
+"""What a run says while it trains: figures of health without labels, metrics.jsonl, progress, the collapse alarm."""
+
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from .errors import ByolTimmError
+
+# Name in a row, name on the line, format.
+_SHOWN = (
+    ("epoch", "epoch", "{:.2f}"),
+    ("loss", "loss", "{:.4f}"),
+    ("lr", "lr", "{:.3g}"),
+    ("target_decay", "tau", "{:.5f}"),
+    ("feature_std", "std", "{:.3f}"),
+    ("effective_rank", "rank", "{:.1f}"),
+    ("knn", "kNN", "{:.1%}"),
+    ("images_per_second", "images/s", "{:.0f}"),
+)
+
+
+@torch.no_grad()
+def feature_std(features: Tensor) -> Tensor:
+    """Spread of features [B, d] over the batch, scalar: 1 when directions are isotropic, 0 when all are the same.
+
+    The standard deviation of each dimension of the l2-normalised rows, averaged and multiplied by sqrt(d), as in
+    SimSiam (Chen & He 2020, section 4.1). float32 also under autocast; nothing waits for the device.
+    """
+    rows = torch.nn.functional.normalize(features.float(), dim=1)
+    return rows.std(0, correction=0).mean() * math.sqrt(features.shape[1])
+
+
+@torch.no_grad()
+def effective_rank(features: Tensor) -> Tensor:
+    """Number of dimensions that centred features [B, d] fill, scalar from 1 to min(B - 1, d); nan for infinite ones.
+
+    The exponential of the entropy of the normalised singular values (Roy & Vetterli 2007; RankMe, Garrido et al. 2023,
+    which does not centre). float32 also under autocast. Scale-free, so it tells nothing of features that are all the
+    same: rounding noise has full rank. On CUDA the decomposition waits for the device.
+    """
+    with torch.autocast(features.device.type, enabled=False):
+        centred = features.float() - features.float().mean(0)
+        finite = centred.isfinite().all()
+        values = torch.linalg.svdvals(centred.nan_to_num(0, 0, 0))
+        shares = values / values.sum().clamp(min=torch.finfo(torch.float32).tiny)
+        return torch.where(finite, torch.exp(-torch.xlogy(shares, shares).sum()), torch.nan)
+
+
+class MetricsLog:
+    """Writes each row of figures to `folder/metrics.jsonl` and shows progress: a bar on a terminal, lines elsewhere.
+
+    images_per_step: images of one optimizer step over all processes, for images/s.
+    resume_step: rows after this step are of work that was lost, and are dropped; 0 starts a new file.
+    tracker: called with each row's figures and step besides.
+    stream: where progress goes; stdout when None.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        total_steps: int,
+        images_per_step: int,
+        resume_step: int = 0,
+        tracker: Callable[[dict[str, float], int], None] | None = None,
+        stream: TextIO | None = None,
+    ) -> None:
+        path = folder / "metrics.jsonl"
+        rows = [row for row in read_metrics(path) if row["step"] <= resume_step] if resume_step else []
+        temporary = path.with_name(".tmp-metrics.jsonl")
+        temporary.write_text("".join(_line(row) for row in rows), encoding="utf-8")
+        os.replace(temporary, path)
+        self._path = path
+        self._file = open(path, "ab", buffering=0)
+        self._tracker = tracker
+        self._total_steps = total_steps
+        self._images_per_step = images_per_step
+        self._stream = sys.stdout if stream is None else stream
+        self._seconds_before = rows[-1].get("seconds", 0.0) if rows else 0.0
+        self._start = self._last_time = time.monotonic()
+        self._start_step = self._last_step = resume_step
+        self._bar = None
+        if self._stream.isatty():
+            self._bar = tqdm(total=total_steps, initial=resume_step, file=self._stream, unit="step", dynamic_ncols=True)
+
+    def advance(self, step: int) -> None:
+        """Move the bar to `step`; costs nothing where there is none."""
+        if self._bar is not None:
+            self._bar.update(step - self._bar.n)
+
+    def log(self, row: Mapping[str, float]) -> dict[str, float]:
+        """Write a row (`step` and any figures) with `images_per_second` since the last one and `seconds` of the run.
+
+        Returns the row as written. Numbers that are not finite are written as null.
+        """
+        now, step = time.monotonic(), int(row["step"])
+        full = dict(row)
+        if step > self._last_step:
+            full["images_per_second"] = (
+                (step - self._last_step) * self._images_per_step / max(now - self._last_time, 1e-9)
+            )
+        full["seconds"] = self._seconds_before + now - self._start
+        self._last_time, self._last_step = now, step
+        self._write(_line(full).encode())
+        if self._tracker is not None:
+            self._tracker({name: value for name, value in full.items() if name != "step"}, step)
+        self._show(full, step, now)
+        return full
+
+    def message(self, text: str) -> None:
+        """Print a line without tearing the bar."""
+        if self._bar is not None:
+            self._bar.write(text, file=self._stream)
+        else:
+            print(text, file=self._stream, flush=True)
+
+    def close(self) -> None:
+        """Close the file and leave the bar as it stands."""
+        self._file.close()
+        if self._bar is not None:
+            self._bar.close()
+
+    def __enter__(self) -> "MetricsLog":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _write(self, line: bytes) -> None:
+        try:
+            written = self._file.write(line)
+        except OSError as error:
+            raise ByolTimmError(f"cannot write {self._path} ({error.strerror})") from error
+        if written != len(line):
+            raise ByolTimmError(f"cannot write {self._path} (No space left on device)")
+
+    def _show(self, row: Mapping[str, float], step: int, now: float) -> None:
+        figures = [(label, form.format(row[name])) for name, label, form in _SHOWN if name in row]
+        if self._bar is not None:
+            self.advance(step)
+            self._bar.set_postfix_str(" ".join(f"{label} {value}" for label, value in figures))
+            return
+        line = f"step {step}/{self._total_steps}  " + "  ".join(f"{label} {value}" for label, value in figures)
+        if step > self._start_step:
+            left = (self._total_steps - step) * (now - self._start) / (step - self._start_step)
+            line += f"  ETA {_clock(left)}"
+        self.message(line)
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The rows of a metrics.jsonl, null as nan; a last line that a killed run left unfinished is dropped.
+
+    An absent file has no rows. Raises `ByolTimmError` for anything else that is no row.
+    """
+    if not path.exists():
+        return []
+    rows = []
+    lines = path.read_bytes().split(b"\n")
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = json.loads(line)
+        except ValueError:
+            # Every whole line ends in a newline, so what follows the last one is torn, or nothing.
+            if number == len(lines):
+                break
+            raise ByolTimmError(f"{path} line {number} is not a row of metrics. Remove that line") from None
+        rows.append({name: math.nan if value is None else value for name, value in row.items()})
+    return rows
+
+
+class CollapseAlarm:
+    """Watches the figures of health for features that have become the same for every image.
+
+    Built with the settings of the run, which its advice names; opt, lr (base) and batch_size (global) as in the config,
+    color: whether the augmentation changes colours.
+    """
+
+    # Healthy runs stay above, collapsed ones fall below: see `tests/test_metrics.py` for what they were measured on.
+    MIN_FEATURE_STD = 0.05
+    MIN_EFFECTIVE_RANK = 1.5
+    CHECKS = 3
+
+    def __init__(
+        self, *, opt: str, lr: float, batch_size: int, batch_norm: bool, color: bool, target_decay: float
+    ) -> None:
+        self._likely = _likely_cause(opt, lr, batch_size, batch_norm, color, target_decay)
+        self._bad = 0
+
+    def check(self, row: Mapping[str, float]) -> str | None:
+        """A one-line warning when this row is the third in a row that looks collapsed; once per collapse."""
+        collapsed = not (
+            row["feature_std"] >= self.MIN_FEATURE_STD and row["effective_rank"] >= self.MIN_EFFECTIVE_RANK
+        )
+        self._bad = self._bad + 1 if collapsed else 0
+        if self._bad != self.CHECKS:
+            return None
+        return (
+            f"the representation has collapsed by step {int(row['step'])}: feature std {row['feature_std']:.3f} "
+            f"(healthy: above {self.MIN_FEATURE_STD}), effective rank {row['effective_rank']:.1f} "
+            f"(above {self.MIN_EFFECTIVE_RANK}). Likely cause: {self._likely}"
+        )
+
+
+def _likely_cause(opt: str, lr: float, batch_size: int, batch_norm: bool, color: bool, target_decay: float) -> str:
+    if opt != "lars" and lr >= 0.01 and opt != "sgd":
+        return f"--lr {lr:g} is of a size for LARS, and --opt is {opt}; try 1e-3 or less"
+    if target_decay < 0.9:
+        return f"--target_decay {target_decay:g} lets the target follow at once; try 0.99"
+    if batch_norm and batch_size < 32:
+        return f"{batch_size} images a step are few for BatchNorm; try a --batch_size of 64 or more"
+    if not color:
+        return "the augmentation leaves colours alone, so that a colour histogram solves the task; try --jitter 0.8"
+    return f"--lr {lr:g} is too high for this run; try a tenth"
+
+
+def _line(row: Mapping[str, float]) -> str:
+    strict = {name: value if math.isfinite(value) else None for name, value in row.items()}
+    return json.dumps(strict, allow_nan=False) + "\n"
+
+
+def _clock(seconds: float) -> str:
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"
