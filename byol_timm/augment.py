@@ -1,5 +1,6 @@
 """Two random views of every image of a batch, drawn and computed per image on the batch's own device."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -16,15 +17,16 @@ from .errors import ByolTimmError
 Colors = Literal["paper", "torchvision"]
 Interpolation = Literal["bicubic", "bilinear"]
 Array = NDArray[Any]
+Views = tuple[Tensor, Tensor]
 
 GRAY = (0.2989, 0.5870, 0.1140)
 CROP_TRIES = 10
-# Working sets of a CPU core's caches, in numbers: pixels of one colour plane (L2), values of one group of views (L3).
-TILE_PIXELS = 16_384
-GROUP_VALUES = 1 << 20
+# On a CPU: pixels of one colour plane, and values of one group of views, that stay in caches and in reused memory.
+TILE_PIXELS = 1 << 17
+GROUP_VALUES = 1 << 21
 # On a CPU, batched matrix products resize images up to this side faster than one call an image does.
 MATMUL_RESIZE_LIMIT = 48
-BLUR_ROWS = 32
+BLUR_BLOCK = 32
 
 
 @dataclass(frozen=True)
@@ -131,21 +133,30 @@ class TwoViews:
         self.mean, self.std = tuple(mean), tuple(std)
 
     @torch.no_grad()
-    def __call__(self, images: Tensor, ordinals: Tensor) -> tuple[Tensor, Tensor]:
-        """View 1 and view 2 (float32 [B, C, height, width]) of uint8 images [B, C, H, W] with int64 ordinals [B]."""
+    def __call__(self, images: Tensor, ordinals: Tensor, *, out: Views | None = None) -> Views:
+        """View 1 and view 2 (float32 [B, C, height, width]) of uint8 images [B, C, H, W] with int64 ordinals [B].
+
+        `out` takes the views of an earlier batch to write into: fresh memory costs a CPU about a quarter of the time.
+        """
         height, width = images.shape[-2:]
         one_by_one = images.device.type == "cpu" and max(self.height, self.width, height, width) > MATMUL_RESIZE_LIMIT
+        if one_by_one:
+            # What torch's uint8 kernels resize fastest.
+            images = images.contiguous(memory_format=torch.channels_last)
         crops = draw_crops(self.augmentation, _uniforms(self.seed, ordinals, CROP_DRAWS), height, width)
 
-        def cut(rows: Array) -> Tensor:
+        def cut(rows: Array, planes: Tensor) -> None:
             sources = rows % len(images)
-            if not one_by_one:
-                selected = images[torch.from_numpy(sources).to(images.device, non_blocking=True)]
-                return self._crop_together(selected, crops.take(rows))
-            pixels = [self._crop(images[source], crops, row) for source, row in zip(sources, rows, strict=True)]
-            return _planes(torch.stack(pixels))
+            if one_by_one:
+                for place, (source, row) in enumerate(zip(sources.tolist(), rows.tolist(), strict=True)):
+                    planes[:, place] = self._crop(images[source], crops, row)
+                planes.div_(255)
+            else:
+                for part in _tiles(planes):
+                    selected = images.index_select(0, _to(sources[part], images.device))
+                    self._crop_together(selected, crops.take(rows[part]), planes[:, part])
 
-        return self._views(cut, images.shape[1], ordinals, images.device)
+        return self._views(cut, images.shape[1], ordinals, images.device, out)
 
     @torch.no_grad()
     def cut(self, image: Tensor, ordinal: int) -> Tensor:
@@ -153,107 +164,131 @@ class TwoViews:
 
         `finish` turns a batch of them into the views that calling the object on the images gives, up to rounding.
         """
-        height, width = image.shape[-2:]
+        channels, height, width = image.shape
         crops = draw_crops(self.augmentation, _uniforms(self.seed, [ordinal], CROP_DRAWS), height, width)
-        return torch.stack([self._crop(image, crops, view) for view in range(2)])
+        both = torch.empty(2, channels, self.height, self.width, dtype=torch.uint8)
+        for view, pixels in enumerate(both):
+            pixels.copy_(self._crop(image, crops, view))
+        return both
 
     @torch.no_grad()
-    def finish(self, crops: Tensor, ordinals: Tensor) -> tuple[Tensor, Tensor]:
+    def finish(self, crops: Tensor, ordinals: Tensor, *, out: Views | None = None) -> Views:
         """View 1 and view 2 (float32 [B, C, height, width]) of what `cut` made, uint8 [B, 2, C, height, width]."""
 
-        def pick(rows: Array) -> Tensor:
+        def pick(rows: Array, planes: Tensor) -> None:
             view, image = np.divmod(rows, len(crops))
-            return _planes(crops.flatten(0, 1)[torch.from_numpy(image * 2 + view).to(crops.device, non_blocking=True)])
+            selected = crops.flatten(0, 1).index_select(0, _to(image * 2 + view, crops.device))
+            planes.copy_(selected.transpose(0, 1)).div_(255)
 
-        return self._views(pick, crops.shape[2], ordinals, crops.device)
+        return self._views(pick, crops.shape[2], ordinals, crops.device, out)
 
     def _crop(self, image: Tensor, crops: "Crops", row: int) -> Tensor:
         if self.augmentation.rotate:
             angle = torch.tensor(crops.angle[row : row + 1], dtype=torch.float32)
             image = _rotate(image[None].float(), angle)[0].round_().to(torch.uint8)
         top, left, height, width = crops.box[row].tolist()
-        crop = _resize(image[:, top : top + height, left : left + width], (self.height, self.width), self.augmentation)
+        crop = image[:, top : top + height, left : left + width]
+        if (height, width) != (self.height, self.width):
+            size, mode = (self.height, self.width), self.augmentation.interpolation
+            crop = F.interpolate(crop[None], size, mode=mode, antialias=True)[0]
         return crop.flip(-1) if crops.flip[row] else crop
 
-    def _crop_together(self, images: Tensor, crops: "Crops") -> Tensor:
-        """The crops as two matrix products per image, [C, B, height, width] in 0..1."""
+    def _crop_together(self, images: Tensor, crops: "Crops", out: Tensor) -> None:
+        """The crops as two matrix products per image, into [C, B, height, width] in 0..1."""
         batch, channels, height, width = images.shape
         device, mode = images.device, self.augmentation.interpolation
         pixels = images.float()
         if self.augmentation.rotate:
-            pixels = _rotate(pixels, torch.tensor(crops.angle, dtype=torch.float32).to(device, non_blocking=True))
-        numbers = np.concatenate([crops.box, crops.flip[:, None]], axis=1).astype(np.float32)
-        top, left, rows, columns, flip = torch.from_numpy(numbers).to(device, non_blocking=True).T
+            pixels = _rotate(pixels, _to(crops.angle.astype(np.float32), device))
+        top, left, rows, columns = _to(crops.box.T.astype(np.float32), device)
+        flip = _to(crops.flip.astype(np.float32), device)
         down = _resize_matrices(top, rows, torch.zeros_like(flip), self.height, height, mode)
         across = _resize_matrices(left, columns, flip, self.width, width, mode)
-        across.div_(255)
         with torch.autocast(device.type, enabled=False):
             wide = torch.bmm(pixels.view(batch, channels * height, width), across.mT)
             wide = wide.view(batch, channels, height, self.width)
-            out = torch.empty(channels, batch, self.height, self.width, device=device)
-            for channel in range(channels):
-                torch.bmm(down, wide[:, channel], out=out[channel])
-        return out.clamp_(0, 1)
+            for channel, plane in enumerate(out):
+                torch.bmm(down, wide[:, channel], out=plane)
+        out.div_(255).clamp_(0, 1)
 
     def _views(
-        self, cut: Callable[[Array], Tensor], channels: int, ordinals: Tensor, device: torch.device
-    ) -> tuple[Tensor, Tensor]:
-        """Everything after the crop. A row is an image of one view: 0..B-1 of view 1, B..2B-1 of view 2."""
-        mean, std = (torch.tensor(v).expand(channels)[:, None, None].to(device) for v in (self.mean, self.std))
+        self,
+        cut: Callable[[Array, Tensor], None],
+        channels: int,
+        ordinals: Tensor,
+        device: torch.device,
+        views: Views | None,
+    ) -> Views:
+        """Everything after the crop; `cut` gets rows (0..B-1 of view 1, B..2B-1 of view 2) and where to put them."""
         changes = draw_changes(self.augmentation, _uniforms(self.seed, ordinals, CHANGE_DRAWS))
-        rows = len(changes.jitter)
-        views = torch.empty(rows, channels, self.height, self.width, device=device)
-        group = rows if device.type != "cpu" else max(1, GROUP_VALUES // (channels * self.height * self.width))
-        for start in range(0, rows, group):
-            members = np.arange(start, min(start + group, rows))
-            # Equal orders side by side: an operation then works on stretches of the batch, in place.
-            order = np.where(changes.jitter[members], changes.order[members] @ (64, 16, 4, 1), 256)
-            members = members[np.argsort(order, kind="stable")]
-            planes = self._change(cut(members), changes.take(members))
-            planes.sub_(mean[:, None]).div_(std[:, None])
-            views[torch.from_numpy(members).to(device, non_blocking=True)] = planes.transpose(0, 1)
-        half = rows // 2
-        return views[:half], views[half:]
+        means, stds = _per_channel(self.mean, channels), _per_channel(self.std, channels)
+        batch, size = len(ordinals), (self.height, self.width)
+        group = batch if device.type != "cpu" else min(batch, max(1, GROUP_VALUES // (channels * math.prod(size))))
+        pool = torch.empty(channels * group * math.prod(size), device=device)
+        scratch = torch.empty(SCRATCH_PLANES, _tile(pool.view(channels, group, *size)), math.prod(size), device=device)
+        shape = (batch, channels, *size)
+        if views is None or views[0].shape != shape:
+            views = torch.empty(shape, device=device), torch.empty(shape, device=device)
+        for first in [*range(0, batch, group), *range(batch, 2 * batch, group)]:
+            view, start = divmod(first, batch)
+            target = views[view][start : start + group]
+            members = np.arange(first, first + len(target))
+            # Equal orders side by side: an operation then works on stretches of the group, in place.
+            members = members[np.argsort(changes.order_key()[members], kind="stable")]
+            planes = pool[: target.numel()].view(channels, len(target), *size)
+            cut(members, planes)
+            self._change(planes, changes.take(members), scratch)
+            for plane, mean, std in zip(planes, means, stds, strict=True):
+                torch.add(torch.tensor(-mean / std), plane, alpha=1 / std, out=plane)
+            places = np.argsort(members)[:, None] + np.arange(channels) * len(target)
+            torch.index_select(planes.flatten(0, 1), 0, _to(places.ravel(), device), out=target.flatten(0, 1))
+        return views
 
-    def _change(self, planes: Tensor, changes: "Changes") -> Tensor:
+    def _change(self, planes: Tensor, changes: "Changes", scratch: Tensor) -> None:
         """Colour jitter, grayscale, blur and solarize, in place, of [C, B, height, width] in 0..1."""
         device = planes.device
         flat = planes.flatten(2)
         jitters = jitter_operations(self.augmentation, len(planes))
-        amounts = torch.from_numpy(changes.amount.astype(np.float32)).to(device, non_blocking=True)
+        amounts = _to(changes.amount.T.astype(np.float32), device)[:, :, None]
         jittered = int(changes.jitter.sum())
         for slot in range(len(JITTERS)):
             kinds = changes.order[:jittered, slot]
             bounds = [0, *(np.flatnonzero(np.diff(kinds)) + 1).tolist(), jittered]
             for first, last in pairwise(bounds):
                 if first < last and (operation := jitters[kinds[first]]) is not None:
-                    operation(flat[:, first:last], amounts[first:last, kinds[first], None])
+                    for part in _tiles(planes, first, last):
+                        operation(flat[:, part], amounts[kinds[first], part], scratch[:, : part.stop - part.start])
         if len(planes) == 3 and changes.grayscale.any():
-            index = _index(changes.grayscale, device)
-            flat[:, index] = grayscale(flat[:, index])
-        if changes.blur.any():
-            taps = blur_taps(min(self.height, self.width))
-            sigma = torch.tensor(changes.sigma[changes.blur], dtype=torch.float32).to(device, non_blocking=True)
-            padding: Literal["zeros", "reflect"] = "zeros" if self.augmentation.colors == "paper" else "reflect"
+            index = _to(np.flatnonzero(changes.grayscale), device)
+            flat.index_copy_(1, index, grayscale(flat.index_select(1, index)).expand(3, -1, -1))
+        if changes.blur.any() and (taps := blur_taps(min(self.height, self.width))) > 1:
+            sigma = _to(changes.sigma[changes.blur].astype(np.float32), device)
+            padding: Padding = "zeros" if self.augmentation.colors == "paper" else "reflect"
             if changes.blur.all():
                 blur(planes, sigma, taps, padding)
             else:
-                index = _index(changes.blur, device)
-                planes[:, index] = blur(planes[:, index], sigma, taps, padding)
+                index = _to(np.flatnonzero(changes.blur), device)
+                planes.index_copy_(1, index, blur(planes.index_select(1, index), sigma, taps, padding))
         if changes.solarize.any():
-            index = _index(changes.solarize, device)
-            flat[:, index] = solarize(flat[:, index])
-        return planes
+            index = _to(np.flatnonzero(changes.solarize), device)
+            flat.index_copy_(1, index, solarize(flat.index_select(1, index)))
 
 
-def _index(mask: Array, device: torch.device) -> Tensor:
-    return torch.from_numpy(np.flatnonzero(mask)).to(device, non_blocking=True)
+def _to(values: Array, device: torch.device) -> Tensor:
+    return torch.from_numpy(values).to(device, non_blocking=True)
 
 
-def _planes(pixels: Tensor) -> Tensor:
-    """Float [C, B, H, W] in 0..1 of uint8 [B, C, H, W]: contiguous per channel, as the colour operations read it."""
-    channels, rest = pixels.transpose(0, 1), (pixels.shape[0], *pixels.shape[2:])
-    return torch.empty(pixels.shape[1], *rest, device=pixels.device).copy_(channels).div_(255)
+def _tile(planes: Tensor) -> int:
+    """Number of images whose planes a CPU core works on at a time."""
+    images, pixels = planes.shape[1], planes[0, 0].numel()
+    return images if planes.device.type != "cpu" else min(images, max(1, TILE_PIXELS // pixels))
+
+
+def _tiles(planes: Tensor, first: int = 0, last: int | None = None) -> Iterator[slice]:
+    last = planes.shape[1] if last is None else last
+    step = _tile(planes)
+    for start in range(first, last, step):
+        yield slice(start, min(start + step, last))
 
 
 # Random draws
@@ -285,6 +320,10 @@ class Changes(NamedTuple):
     blur: Array
     sigma: Array
     solarize: Array
+
+    def order_key(self) -> Array:
+        """A number per row, equal where the jitters come in the same order, largest where there are none."""
+        return np.where(self.jitter, self.order @ (64, 16, 4, 1), 256)
 
     def take(self, rows: Array) -> "Changes":
         return Changes(*(values[rows] for values in self))
@@ -350,12 +389,6 @@ def draw_changes(augmentation: Augmentation, uniforms: Array) -> Changes:
 # Crops
 
 
-def _resize(crop: Tensor, size: tuple[int, int], augmentation: Augmentation) -> Tensor:
-    if crop.shape[-2:] == size:
-        return crop
-    return F.interpolate(crop[None], size, mode=augmentation.interpolation, antialias=True)[0]
-
-
 def _rotate(pixels: Tensor, degrees: Tensor) -> Tensor:
     """Float [B, C, H, W] turned about the centre, the border repeated outwards."""
     height, width = pixels.shape[-2:]
@@ -372,27 +405,28 @@ def _resize_matrices(
 
     Equal to `F.interpolate(..., antialias=True)` of the cut pixels.
     """
-    device = start.device
     start, length, flip = start[:, None, None], length[:, None, None], flip[:, None, None]
     scale = length / size
-    stretch = scale.clamp(min=1)
-    places = torch.arange(size, device=device, dtype=torch.float32)[:, None] + 0.5
+    places = torch.arange(size, device=start.device, dtype=torch.float32)[:, None] + 0.5
     centers = start + scale * (places + flip * (size - 2 * places))
-    pixels = torch.arange(total, device=device, dtype=torch.float32) + 0.5
-    distance = ((pixels - centers) / stretch).abs_()
+    pixels = torch.arange(total, device=start.device, dtype=torch.float32) + 0.5
+    distance = (pixels - centers).div_(scale.clamp(min=1)).abs_()
+    inner = (1 - distance).clamp_(min=0)
     if interpolation == "bilinear":
-        weights = (1 - distance).clamp_(min=0)
+        weights = inner
     else:
-        # Keys' cubic with a = -1/2: an outer part on 0..2, and what the inner piece adds to it on 0..1.
-        outer, inner = (2 - distance).clamp_(min=0), (1 - distance).clamp_(min=0)
-        weights = (outer - 1).mul_(0.5).mul_(outer).mul_(outer).add_((1 - 2 * inner).mul_(inner).mul_(inner))
-    weights.mul_((pixels > start) & (pixels < start + length))
+        # Twice Keys' cubic with a = -1/2: an outer part on 0..2, and what the inner piece adds to it on 0..1.
+        outer = torch.sub(2, distance, out=distance).clamp_(min=0)
+        weights = (outer - 1).mul_(outer).mul_(outer)
+        weights.add_(torch.rsub(inner, 2, alpha=4).mul_(inner).mul_(inner))
+    weights.mul_(((pixels > start) & (pixels < start + length)).float())
     return weights.div_(weights.sum(2, keepdim=True))
 
 
-# Colours: in place, on [C, B, pixels] in 0..1, with one amount per image, [B, 1]
+# Colours: in place, on [C, B, pixels] in 0..1, with one amount per image, [B, 1], and planes to work in, [7, B, pixels]
 
-Operation = Callable[[Tensor, Tensor], object]
+Operation = Callable[[Tensor, Tensor, Tensor], object]
+SCRATCH_PLANES = 7
 
 
 def jitter_operations(augmentation: Augmentation, channels: int) -> list[Operation | None]:
@@ -408,97 +442,71 @@ def jitter_operations(augmentation: Augmentation, channels: int) -> list[Operati
     ]
 
 
-def _tiles(planes: Tensor, *amounts: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Views of the planes, with their images' amounts, that stay in a CPU core's cache over many passes."""
-    _, images, pixels = planes.shape
-    if planes.device.type != "cpu":
-        yield planes, *amounts
-        return
-    step = max(1, TILE_PIXELS // pixels)
-    for image in range(0, images, step):
-        part = slice(image, image + step)
-        for pixel in range(0, pixels, TILE_PIXELS):
-            yield planes[:, part, pixel : pixel + TILE_PIXELS], *(amount[..., part, :] for amount in amounts)
-
-
-def shift_brightness(planes: Tensor, amount: Tensor) -> None:
+def shift_brightness(planes: Tensor, shift: Tensor, scratch: Tensor) -> None:
     """Brightness of the released code: an amount is added."""
-    for tile, shift in _tiles(planes, amount):
-        tile.add_(shift).clamp_(0, 1)
+    planes.add_(shift).clamp_(0, 1)
 
 
-def scale_brightness(planes: Tensor, amount: Tensor) -> None:
+def scale_brightness(planes: Tensor, factor: Tensor, scratch: Tensor) -> None:
     """Brightness of torchvision: a factor."""
-    for tile, factor in _tiles(planes, amount):
-        tile.mul_(factor).clamp_(0, 1)
+    planes.mul_(factor).clamp_(0, 1)
 
 
-def contrast_by_channel(planes: Tensor, amount: Tensor) -> None:
+def contrast_by_channel(planes: Tensor, factor: Tensor, scratch: Tensor) -> None:
     """Contrast of the released code: a factor on the distance from each channel's mean."""
-    _scale_about(planes, amount, planes.mean(2, keepdim=True))
-
-
-def contrast_about_gray(planes: Tensor, amount: Tensor) -> None:
-    """Contrast of torchvision: a factor on the distance from the mean of the grey image."""
     means = planes.mean(2, keepdim=True)
-    if len(planes) == 3:
-        means = means * torch.tensor(GRAY, device=planes.device)[:, None, None]
-        _scale_about(planes, amount, means.sum(0, keepdim=True))
-    else:
-        _scale_about(planes, amount, means.mean(0, keepdim=True))
+    planes.mul_(factor).add_((1 - factor) * means).clamp_(0, 1)
 
 
-def _scale_about(planes: Tensor, amount: Tensor, center: Tensor) -> None:
-    for tile, factor, offset in _tiles(planes, amount, (1 - amount) * center):
-        tile.mul_(factor).add_(offset).clamp_(0, 1)
+def contrast_about_gray(planes: Tensor, factor: Tensor, scratch: Tensor) -> None:
+    """Contrast of torchvision: a factor on the distance from the mean of grey, or of all channels if not RGB."""
+    means = planes.mean(2, keepdim=True)
+    mean = grayscale(means) if len(planes) == 3 else means.mean(0, keepdim=True)
+    planes.mul_(factor).add_((1 - factor) * mean).clamp_(0, 1)
 
 
-def saturate_hsv(planes: Tensor, amount: Tensor) -> None:
+def saturate_hsv(planes: Tensor, factor: Tensor, scratch: Tensor) -> None:
     """Saturation of the released code: HSV's saturation times a factor, at most 1."""
-    for tile, factor in _tiles(planes, amount):
-        red, green, blue = tile
-        high = torch.maximum(red, green)
-        low = torch.minimum(red, green)
-        torch.maximum(high, blue, out=high)
-        torch.minimum(low, blue, out=low)
-        # At fixed hue and value every channel's distance from the value is proportional to the saturation.
-        share = torch.sub(high, low, out=low).add_(1e-12)
-        share = torch.minimum(torch.div(high, share, out=share), factor)
-        for channel in tile:
-            torch.lerp(high, channel, share, out=channel)
-
-
-def saturate_from_gray(planes: Tensor, amount: Tensor) -> None:
-    """Saturation of torchvision: a factor on the distance from the grey image."""
-    for tile, factor in _tiles(planes, amount):
-        gray = grayscale(tile).mul_(1 - factor)
-        tile.mul_(factor).add_(gray).clamp_(0, 1)
-
-
-def rotate_hue(planes: Tensor, amount: Tensor) -> None:
-    """HSV's hue turned by an amount in turns, at most 1/6 either way."""
-    for tile, turn in _tiles(planes, amount):
-        red, green, blue = tile
-        low, high = torch.minimum(green, blue), torch.maximum(green, blue)
-        middle = torch.minimum(high, red)
-        torch.maximum(middle, low, out=middle)
-        torch.maximum(high, red, out=high)
-        torch.minimum(low, red, out=low)
-        chroma = high - low
-        # Around the hexagon of hues a channel rises and falls at one chroma per sixth of a turn between the smallest
-        # and the largest value: 2 c - middle is where it would be unclipped, its neighbours' order tells the slope.
-        slopes = [
-            torch.copysign(chroma, difference, out=difference) for difference in (blue - green, red - blue, green - red)
-        ]
-        for channel, slope in zip(tile, slopes, strict=True):
-            slope.mul_(6 * turn).sub_(middle).add_(channel, alpha=2)
-            torch.clamp(slope, low, high, out=channel)
-
-
-def grayscale(planes: Tensor) -> Tensor:
-    """Luma of [3, ...], [1, ...]."""
     red, green, blue = planes
-    return (red * GRAY[0]).add_(green, alpha=GRAY[1]).add_(blue, alpha=GRAY[2])[None]
+    high, low, share = scratch[:3]
+    torch.maximum(torch.maximum(red, green, out=high), blue, out=high)
+    torch.minimum(torch.minimum(red, green, out=low), blue, out=low)
+    # At fixed hue and value every channel's distance from the value is proportional to the saturation.
+    torch.sub(high, low, out=low).add_(1e-12)
+    torch.minimum(torch.div(high, low, out=low), factor, out=share)
+    for channel in planes:
+        torch.lerp(high, channel, share, out=channel)
+
+
+def saturate_from_gray(planes: Tensor, factor: Tensor, scratch: Tensor) -> None:
+    """Saturation of torchvision: a factor on the distance from the grey image."""
+    gray = grayscale(planes, out=scratch[0]).mul_(1 - factor)
+    planes.mul_(factor).add_(gray).clamp_(0, 1)
+
+
+def rotate_hue(planes: Tensor, turn: Tensor, scratch: Tensor) -> None:
+    """HSV's hue turned by an amount in turns, at most 1/6 either way."""
+    red, green, blue = planes
+    high, low, middle, step, *slopes = scratch
+    torch.maximum(green, blue, out=high)
+    torch.minimum(green, blue, out=low)
+    torch.maximum(torch.minimum(high, red, out=middle), low, out=middle)
+    torch.maximum(high, red, out=high)
+    torch.minimum(low, red, out=low)
+    # On the hexagon of hues a channel stays at the largest value for a third of a turn, falls to the smallest within a
+    # sixth, stays, and rises. Unclipped, it is at 2 c - middle; which of the others is the larger tells the slope.
+    torch.sub(high, low, out=step).mul_(6 * turn)
+    for slope, larger, smaller in zip(slopes, (blue, red, green), (green, blue, red), strict=True):
+        torch.sub(larger, smaller, out=slope).sign_()
+    for channel, slope in zip(planes, slopes, strict=True):
+        slope.mul_(step).sub_(middle).add_(channel, alpha=2)
+        torch.clamp(slope, low, high, out=channel)
+
+
+def grayscale(planes: Tensor, out: Tensor | None = None) -> Tensor:
+    """Luma [1, ...] of RGB planes [3, ...]."""
+    red, green, blue = planes
+    return torch.mul(red, GRAY[0], out=out).add_(green, alpha=GRAY[1]).add_(blue, alpha=GRAY[2])[None]
 
 
 def solarize(planes: Tensor) -> Tensor:
@@ -508,40 +516,45 @@ def solarize(planes: Tensor) -> Tensor:
 
 # Blur
 
+Padding = Literal["zeros", "reflect"]
+
 
 def blur_taps(size: int) -> int:
     """Width of the blur's kernel for that image size: 23 at 224, 9 at 96, 3 at 32."""
     return 2 * int(size / 10 / 2) + 1
 
 
-def blur(planes: Tensor, sigma: Tensor, taps: int, padding: Literal["zeros", "reflect"]) -> Tensor:
-    """Gaussian blur in place of [C, B, H, W] with one sigma per image, [B], in pixels; returns the planes."""
+def blur(planes: Tensor, sigma: Tensor, taps: int, padding: Padding) -> Tensor:
+    """Gaussian blur, in place, of [C, B, H, W] with one sigma per image, [B], in pixels; returns the planes."""
     radius = taps // 2
-    if radius == 0:
-        return planes
+    channels, _, height, width = planes.shape
+    offsets = torch.arange(-radius, radius + 1, device=planes.device, dtype=torch.float32)
+    kernels = torch.exp(-(offsets**2) / (2 * sigma[:, None] ** 2))
+    kernels /= kernels.sum(1, keepdim=True)
+    down = _band_matrices(kernels, height, padding)
+    across = down if width == height else _band_matrices(kernels, width, padding)
+    # With the channels between rows and columns, one product a block serves all channels along either axis.
+    buffers = torch.empty(2, _tile(planes), height, channels, width, device=planes.device)
     with torch.autocast(planes.device.type, enabled=False):
-        offsets = torch.arange(-radius, radius + 1, device=planes.device, dtype=torch.float32)
-        kernels = torch.exp(-(offsets**2) / (2 * sigma[:, None] ** 2))
-        kernels /= kernels.sum(1, keepdim=True)
-        down, across = (_band_matrices(kernels, size, padding) for size in planes.shape[2:])
-        halfway = torch.empty_like(planes[0])
-        # A banded matrix in blocks of rows: each block only meets the pixels its rows reach.
-        for plane in planes:
-            for rows, reach in _blocks(plane.shape[1], radius):
-                halfway[:, rows] = down[:, rows, reach] @ plane[:, reach]
-            for columns, reach in _blocks(plane.shape[2], radius):
-                plane[:, :, columns] = halfway[:, :, reach] @ across[:, columns, reach].mT
+        for part in _tiles(planes):
+            pixels, halfway = buffers[:, : part.stop - part.start]
+            pixels.copy_(planes[:, part].permute(1, 2, 0, 3))
+            # Band matrices in blocks of rows: each block only meets the pixels that its rows reach.
+            for rows, reach in _blocks(height, radius):
+                torch.bmm(down[part, rows, reach], pixels.flatten(2)[:, reach], out=halfway.flatten(2)[:, rows])
+            lines, done = halfway.flatten(1, 2), pixels.flatten(1, 2)
+            for columns, reach in _blocks(width, radius):
+                torch.bmm(lines[:, :, reach], across[part, columns, reach].mT, out=done[:, :, columns])
+            planes[:, part] = pixels.permute(2, 0, 1, 3)
     return planes
 
 
 def _blocks(size: int, radius: int) -> list[tuple[slice, slice]]:
-    return [
-        (slice(start, min(size, start + BLUR_ROWS)), slice(max(0, start - radius), start + BLUR_ROWS + radius))
-        for start in range(0, size, BLUR_ROWS)
-    ]
+    starts = range(0, size, BLUR_BLOCK)
+    return [(slice(s, s + BLUR_BLOCK), slice(max(0, s - radius), s + BLUR_BLOCK + radius)) for s in starts]
 
 
-def _band_matrices(kernels: Tensor, size: int, padding: Literal["zeros", "reflect"]) -> Tensor:
+def _band_matrices(kernels: Tensor, size: int, padding: Padding) -> Tensor:
     """Matrices [B, size, size] that correlate with kernels [B, taps]."""
     images, taps = kernels.shape
     radius = taps // 2
@@ -580,8 +593,13 @@ class EvaluationTransform:
         return image[:, top : top + self.size[0], left : left + self.size[1]].contiguous()
 
 
+def _per_channel(values: Sequence[float], channels: int) -> tuple[float, ...]:
+    if len(values) not in (1, channels):
+        raise ByolTimmError(f"images have {channels} channels, mean or std {len(values)}. give one number per channel")
+    return tuple(values) if len(values) == channels else (values[0],) * channels
+
+
 def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """Float32 (pixel / 255 - mean) / std of uint8 images [B, C, H, W]; mean and std per channel, or one for all."""
-    channels = images.shape[1]
-    scale, shift = (torch.tensor(values).expand(channels)[:, None, None].to(images.device) for values in (std, mean))
-    return (images.float() / 255).sub_(shift).div_(scale)
+    shift, scale = (torch.tensor(_per_channel(v, images.shape[1]), device=images.device) for v in (mean, std))
+    return (images.float() / 255).sub_(shift[:, None, None]).div_(scale[:, None, None])
