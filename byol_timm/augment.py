@@ -272,6 +272,7 @@ class TwoViews:
         if changes.solarize.any():
             index = _to(np.flatnonzero(changes.solarize), device)
             flat.index_copy_(1, index, solarize(flat.index_select(1, index)))
+        planes.clamp_(0, 1)
 
 
 def _to(values: Array, device: torch.device) -> Tensor:
@@ -589,7 +590,7 @@ class EvaluationTransform:
             return image
         resized = np.floor(sides * (np.array(self.size) / sides).max() / self.crop_pct + 1e-6).astype(int).tolist()
         image = F.interpolate(image[None], resized, mode="bicubic", antialias=True)[0]
-        top, left = ((r - s) // 2 for r, s in zip(resized, self.size, strict=True))
+        top, left = (round((r - s) / 2) for r, s in zip(resized, self.size, strict=True))
         return image[:, top : top + self.size[0], left : left + self.size[1]].contiguous()
 
 
