@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from itertools import pairwise
 from typing import Any, Literal, NamedTuple
 
@@ -337,13 +338,23 @@ def _mix(bits: Array) -> Array:
     return bits ^ (bits >> np.uint64(31))
 
 
+@cache
+def _counters(parameters: range) -> NDArray[np.uint64]:
+    """Increments of splitmix64's state for the draws of both views, [2, 1, parameters]."""
+    views = [np.arange(parameters.start, parameters.stop, dtype=np.uint64) * 2 + view for view in (1, 2)]
+    return np.stack(views)[:, None] * np.uint64(0x9E3779B97F4A7C15)
+
+
+@cache
+def _seed_bits(seed: int) -> NDArray[np.uint64]:
+    return _mix(np.array([seed % 2**64], dtype=np.uint64))
+
+
 def _uniforms(seed: int, ordinals: Tensor | Sequence[int], parameters: range) -> Array:
     """Uniform numbers in [0, 1), [2 B, parameters]: the rows of view 1, then those of view 2."""
-    keys = np.asarray(ordinals.cpu() if isinstance(ordinals, Tensor) else ordinals, dtype=np.int64).astype(np.uint64)
-    keys = _mix(keys ^ _mix(np.array([seed % 2**64], dtype=np.uint64)))
-    counters = np.stack([np.arange(parameters.start, parameters.stop, dtype=np.uint64) * 2 + view for view in (1, 2)])
-    bits: NDArray[np.uint64] = _mix(keys[None, :, None] + counters[:, None, :] * np.uint64(0x9E3779B97F4A7C15))
-    return (bits.reshape(-1, len(parameters)) >> np.uint64(11)).astype(np.float64) * 2.0**-53
+    keys = np.asarray(ordinals.cpu() if isinstance(ordinals, Tensor) else ordinals, dtype=np.int64).view(np.uint64)
+    bits = _mix(_mix(keys ^ _seed_bits(seed))[:, None] + _counters(parameters))
+    return (bits.reshape(-1, len(parameters)) >> np.uint64(11)) * 2.0**-53
 
 
 def _between(uniforms: Array, low: float, high: float) -> Array:
@@ -352,20 +363,21 @@ def _between(uniforms: Array, low: float, high: float) -> Array:
 
 def draw_crops(augmentation: Augmentation, uniforms: Array, height: int, width: int) -> Crops:
     """Boxes inside an image of that size, as torchvision's RandomResizedCrop draws them, flips and rotations."""
-    scales, ratios, rest = np.split(uniforms, (CROP_TRIES, 2 * CROP_TRIES), axis=1)
-    areas = height * width * _between(scales, *augmentation.crop_scale)
+    tries, rest = uniforms[:, : 2 * CROP_TRIES].reshape(-1, CROP_TRIES, 2), uniforms[:, 2 * CROP_TRIES :]
     low, high = augmentation.crop_ratio
-    ratios = np.exp(_between(ratios, np.log(low), np.log(high)))
-    tries = np.round(np.sqrt(np.stack([areas / ratios, areas * ratios], axis=2)))
-    inside = np.all((tries > 0) & (tries <= (height, width)), axis=2)
-    first = inside.argmax(axis=1)
-    sides = tries[np.arange(len(tries)), first]
-    fallback = np.minimum((height, width), np.maximum(1, np.round((width / low, height * high))))
-    failed = ~inside.any(axis=1)
-    sides[failed] = fallback
-    corners = np.floor(rest[:, :2] * ((height, width) - sides + 1))
-    corners[failed] = ((height, width) - fallback) // 2
-    box = np.concatenate([corners, sides], axis=1).astype(np.int64)
+    sides = np.sqrt(height * width * _between(tries[..., 0], *augmentation.crop_scale))
+    stretch = np.exp(_between(tries[..., 1], math.log(low) / 2, math.log(high) / 2))
+    heights, widths = np.rint(sides / stretch), np.rint(sides * stretch)
+    inside = (heights > 0) & (heights <= height) & (widths > 0) & (widths <= width)
+    first, everyone = inside.argmax(axis=1), np.arange(len(inside))
+    box = np.empty((len(inside), 4), dtype=np.int64)
+    box[:, 2], box[:, 3] = heights[everyone, first], widths[everyone, first]
+    free = np.array((height + 1, width + 1)) - box[:, 2:]
+    box[:, :2] = rest[:, :2] * free
+    if not (fits := inside[everyone, first]).all():
+        # The whole image, or as much of its middle as the ratios allow.
+        rows, columns = min(height, max(1, round(width / low))), min(width, max(1, round(height * high)))
+        box[~fits] = (height - rows) // 2, (width - columns) // 2, rows, columns
     angle = _between(rest[:, 3], -augmentation.rotate, augmentation.rotate)
     return Crops(box, rest[:, 2] < augmentation.flip, angle)
 
