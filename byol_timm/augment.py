@@ -487,8 +487,7 @@ def saturate_hsv(planes: Tensor, factor: Tensor, scratch: Tensor) -> None:
     # At fixed hue and value every channel's distance from the value is proportional to the saturation.
     torch.sub(high, low, out=low).add_(1e-12)
     torch.minimum(torch.div(high, low, out=low), factor, out=share)
-    for channel in planes:
-        torch.lerp(high, channel, share, out=channel)
+    torch.lerp(high, planes, share, out=planes)
 
 
 def saturate_from_gray(planes: Tensor, factor: Tensor, scratch: Tensor) -> None:
@@ -500,7 +499,8 @@ def saturate_from_gray(planes: Tensor, factor: Tensor, scratch: Tensor) -> None:
 def rotate_hue(planes: Tensor, turn: Tensor, scratch: Tensor) -> None:
     """HSV's hue turned by an amount in turns, at most 1/6 either way."""
     red, green, blue = planes
-    high, low, middle, step, *slopes = scratch
+    high, low, middle, step = scratch[:4]
+    slopes = scratch[4:]
     torch.maximum(green, blue, out=high)
     torch.minimum(green, blue, out=low)
     torch.maximum(torch.minimum(high, red, out=middle), low, out=middle)
@@ -509,11 +509,11 @@ def rotate_hue(planes: Tensor, turn: Tensor, scratch: Tensor) -> None:
     # On the hexagon of hues a channel stays at the largest value for a third of a turn, falls to the smallest within a
     # sixth, stays, and rises. Unclipped, it is at 2 c - middle; which of the others is the larger tells the slope.
     torch.sub(high, low, out=step).mul_(6 * turn)
-    for slope, larger, smaller in zip(slopes, (blue, red, green), (green, blue, red), strict=True):
-        torch.sub(larger, smaller, out=slope).sign_()
-    for channel, slope in zip(planes, slopes, strict=True):
-        slope.mul_(step).sub_(middle).add_(channel, alpha=2)
-        torch.clamp(slope, low, high, out=channel)
+    torch.sub(blue, green, out=slopes[0])
+    torch.sub(red, blue, out=slopes[1])
+    torch.sub(green, red, out=slopes[2])
+    slopes.sign_().mul_(step).sub_(middle).add_(planes, alpha=2)
+    torch.clamp(slopes, low, high, out=planes)
 
 
 def grayscale(planes: Tensor, out: Tensor | None = None) -> Tensor:
@@ -553,11 +553,12 @@ def blur(planes: Tensor, sigma: Tensor, taps: int, padding: Padding) -> Tensor:
             pixels, halfway = buffers[:, : part.stop - part.start]
             pixels.copy_(planes[:, part].permute(1, 2, 0, 3))
             # Band matrices in blocks of rows: each block only meets the pixels that its rows reach.
+            source, target, matrices = pixels.flatten(2), halfway.flatten(2), down[part]
             for rows, reach in _blocks(height, radius):
-                torch.bmm(down[part, rows, reach], pixels.flatten(2)[:, reach], out=halfway.flatten(2)[:, rows])
-            lines, done = halfway.flatten(1, 2), pixels.flatten(1, 2)
+                torch.bmm(matrices[:, rows, reach], source[:, reach], out=target[:, rows])
+            source, target, matrices = halfway.flatten(1, 2), pixels.flatten(1, 2), across[part].mT
             for columns, reach in _blocks(width, radius):
-                torch.bmm(lines[:, :, reach], across[part, columns, reach].mT, out=done[:, :, columns])
+                torch.bmm(source[:, :, reach], matrices[:, reach, columns], out=target[:, :, columns])
             planes[:, part] = pixels.permute(2, 0, 1, 3)
     return planes
 
