@@ -259,25 +259,35 @@ class TwoViews:
                 if first < last and (operation := jitters[kinds[first]]) is not None:
                     for part in _tiles(planes, first, last):
                         operation(flat[:, part], amounts[kinds[first], part], scratch[:, : part.stop - part.start])
-        if len(planes) == 3 and changes.grayscale.any():
-            index = _to(np.flatnonzero(changes.grayscale), device)
-            flat.index_copy_(1, index, grayscale(flat.index_select(1, index)).expand(3, -1, -1))
-        if changes.blur.any() and (taps := blur_taps(min(self.height, self.width))) > 1:
-            sigma = _to(changes.sigma[changes.blur].astype(np.float32), device)
+        if len(planes) == 3 and len(gray := np.flatnonzero(changes.grayscale)):
+            _put(flat, gray, grayscale(_take(flat, gray)).expand(3, -1, -1))
+        if len(rows := np.flatnonzero(changes.blur)) and (taps := blur_taps(min(self.height, self.width))) > 1:
+            sigma = _to(changes.sigma[rows].astype(np.float32), device)
             padding: Padding = "zeros" if self.augmentation.colors == "paper" else "reflect"
-            if changes.blur.all():
+            if len(rows) == len(changes.blur):
                 blur(planes, sigma, taps, padding)
             else:
-                index = _to(np.flatnonzero(changes.blur), device)
-                planes.index_copy_(1, index, blur(planes.index_select(1, index), sigma, taps, padding))
-        if changes.solarize.any():
-            index = _to(np.flatnonzero(changes.solarize), device)
-            flat.index_copy_(1, index, solarize(flat.index_select(1, index)))
+                _put(planes, rows, blur(_take(planes, rows), sigma, taps, padding))
+        if len(inverted := np.flatnonzero(changes.solarize)):
+            _put(flat, inverted, solarize(_take(flat, inverted)))
         planes.clamp_(0, 1)
 
 
 def _to(values: Array, device: torch.device) -> Tensor:
     return torch.from_numpy(values).to(device, non_blocking=True)
+
+
+def _take(planes: Tensor, images: Array) -> Tensor:
+    return planes.index_select(1, _to(images, planes.device))
+
+
+def _put(planes: Tensor, images: Array, values: Tensor) -> None:
+    if planes.device.type == "cpu":
+        # `index_copy_` moves one number at a time there.
+        for image, value in zip(images.tolist(), values.unbind(1), strict=True):
+            planes[:, image] = value
+    else:
+        planes.index_copy_(1, _to(images, planes.device), values)
 
 
 def _tile(planes: Tensor) -> int:
