@@ -153,7 +153,7 @@ class TwoViews:
                     planes[:, place] = self._crop(images[source], crops, row)
                 planes.div_(255)
             else:
-                for part in _tiles(planes):
+                for part in _tiles(0, len(rows), _tile(planes)):
                     selected = images.index_select(0, _to(sources[part], images.device))
                     self._crop_together(selected, crops.take(rows[part]), planes[:, part])
 
@@ -247,18 +247,18 @@ class TwoViews:
 
     def _change(self, planes: Tensor, changes: "Changes", scratch: Tensor) -> None:
         """Colour jitter, grayscale, blur and solarize, in place, of [C, B, height, width] in 0..1."""
-        device = planes.device
+        device, tile = planes.device, _tile(planes)
         flat = planes.flatten(2)
         jitters = jitter_operations(self.augmentation, len(planes))
-        amounts = _to(changes.amount.T.astype(np.float32), device)[:, :, None]
+        amounts = _to(changes.amount.T.astype(np.float32), device)[:, :, None].unbind()
         jittered = int(changes.jitter.sum())
         for slot in range(len(JITTERS)):
             kinds = changes.order[:jittered, slot]
             bounds = [0, *(np.flatnonzero(np.diff(kinds)) + 1).tolist(), jittered]
             for first, last in pairwise(bounds):
                 if first < last and (operation := jitters[kinds[first]]) is not None:
-                    for part in _tiles(planes, first, last):
-                        operation(flat[:, part], amounts[kinds[first], part], scratch[:, : part.stop - part.start])
+                    for part in _tiles(first, last, tile):
+                        operation(flat[:, part], amounts[kinds[first]][part], scratch[:, : part.stop - part.start])
         if len(planes) == 3 and len(gray := np.flatnonzero(changes.grayscale)):
             _put(flat, gray, grayscale(_take(flat, gray)).expand(3, -1, -1))
         if len(rows := np.flatnonzero(changes.blur)) and (taps := blur_taps(min(self.height, self.width))) > 1:
@@ -292,13 +292,11 @@ def _put(planes: Tensor, images: Array, values: Tensor) -> None:
 
 def _tile(planes: Tensor) -> int:
     """Number of images whose planes a CPU core works on at a time."""
-    images, pixels = planes.shape[1], planes[0, 0].numel()
-    return images if planes.device.type != "cpu" else min(images, max(1, TILE_PIXELS // pixels))
+    _, images, height, width = planes.shape
+    return images if planes.device.type != "cpu" else min(images, max(1, TILE_PIXELS // (height * width)))
 
 
-def _tiles(planes: Tensor, first: int = 0, last: int | None = None) -> Iterator[slice]:
-    last = planes.shape[1] if last is None else last
-    step = _tile(planes)
+def _tiles(first: int, last: int, step: int) -> Iterator[slice]:
     for start in range(first, last, step):
         yield slice(start, min(start + step, last))
 
@@ -557,9 +555,10 @@ def blur(planes: Tensor, sigma: Tensor, taps: int, padding: Padding) -> Tensor:
     down = _band_matrices(kernels, height, padding)
     across = down if width == height else _band_matrices(kernels, width, padding)
     # With the channels between rows and columns, one product a block serves all channels along either axis.
-    buffers = torch.empty(2, _tile(planes), height, channels, width, device=planes.device)
+    tile = _tile(planes)
+    buffers = torch.empty(2, tile, height, channels, width, device=planes.device)
     with torch.autocast(planes.device.type, enabled=False):
-        for part in _tiles(planes):
+        for part in _tiles(0, len(sigma), tile):
             pixels, halfway = buffers[:, : part.stop - part.start]
             pixels.copy_(planes[:, part].permute(1, 2, 0, 3))
             # Band matrices in blocks of rows: each block only meets the pixels that its rows reach.
