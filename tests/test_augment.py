@@ -337,9 +337,10 @@ def test_operations_follow_each_other_in_the_order_of_the_paper():
         torch.testing.assert_close(view, expected[:, 0], rtol=0, atol=1e-5)
 
 
-def test_autocast_does_not_touch_the_views():
+@pytest.mark.parametrize("name", AUGMENTATIONS)
+def test_autocast_does_not_touch_the_views(name):
     images, ordinals = photos(8, 32), torch.arange(8)
-    two_views = TwoViews(AUGMENTATIONS["paper"], 32, **RAW)
+    two_views = TwoViews(AUGMENTATIONS[name], 32, **RAW)
     expected = two_views(images, ordinals)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         views = two_views(images, ordinals)
