@@ -76,7 +76,7 @@ class Interruption:
             os._exit(128 + number)
 
 
-def agree(requested: int | None, device: torch.device) -> int | None:
+def agree(requested: int | None, device: torch.device | str) -> int | None:
     """The largest signal number that any process was asked to stop for; every process must call it."""
     if not torch.distributed.is_initialized():
         return requested
