@@ -1,31 +1,74 @@
 """Encoders in timm's own format: a folder that plain timm loads, with or without byol_timm, and the Hub."""
 
+import contextlib
+import dataclasses
+import hashlib
 import json
+import logging
+import queue
 import re
+import shlex
 import shutil
+import threading
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
+from huggingface_hub import (
+    CommitOperationAdd,
+    HfApi,
+    constants,
+    get_session,
+    get_token,
+    hf_hub_download,
+)
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HfHubHTTPError,
+    HFValidationError,
+    HTTPError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from huggingface_hub.utils import validate_repo_id
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from timm.data import resolve_input_data_config
+from timm.models import _registry
 from timm.models._hub import save_config_for_hf
+from timm.models._pretrained import PretrainedCfg
 from timm.utils import unwrap_model
 from torch import nn
 
+from .card import CARD_START, REDACTED, card_metadata, merge_cards, model_card, one_line, own_text, redact
 from .errors import ByolTimmError
+
+logger = logging.getLogger(__name__)
+
+CONFIG, WEIGHTS, CARD, RECORD = "config.json", "model.safetensors", "README.md", "byol.json"
+PICTURES = ("curves.png", "embedding.png")
+TRAINING_STATE = "training_state"
+PROBE_SECONDS = 3.0
 
 PAPER = dict(
     paper_name="Bootstrap your own latent: A new approach to self-supervised Learning", paper_ids="arXiv:2006.07733"
 )
-# Facts about the weights that the architecture's default tag brings along and that are not true of new weights.
+# Facts that the architecture's default tag brings along and that are not true of new weights.
 SOURCE_FACTS = ("origin_url", "notes", "label_names", "label_descriptions")
-REDACTED = "[redacted]"
-SECRET_KEY = re.compile(r"token|secret|password|(^|_)key(_|$)", re.IGNORECASE)
-SECRET_VALUE = re.compile(r"hf_[A-Za-z0-9]{20,}")
+# What makes timm read weights from elsewhere, or run a loader for another file format.
+FOREIGN_SOURCES = ("file", "state_dict", "hf_hub_filename")
+# Arguments of timm's factory, not of a network.
+FACTORY_ARGUMENTS = re.compile(r"pretrained.*|checkpoint_path|cache_dir|features_only|feature_cfg|model_.*|pruned")
+
+
+class PushError(ByolTimmError):
+    """A push that failed for reasons outside of this machine; what was to be pushed is still here."""
+
+    exit_code = 3
 
 
 def save_encoder(
@@ -40,65 +83,261 @@ def save_encoder(
     tag: str = "byol",
     license: str | None = None,
     card: str | None = None,
-    record: dict[str, Any] | None = None,
-    pictures: Sequence[str | Path] = (),
+    record: Mapping[str, Any] | None = None,
+    pictures: Iterable[str | Path] = (),
 ) -> Path:
     """The folder in timm's format that `timm.create_model("local-dir:FOLDER", pretrained=True)` loads to the same bits.
 
     encoder: a timm model with `num_classes=0`, bare or wrapped by DistributedDataParallel or torch.compile.
     image_size: (H, W) or the side of a square; with mean, std, interpolation and crop_pct how images are prepared.
-    card: text of README.md. record: what made the encoder, written to byol.json without secrets and without the
-        folders of this machine. pictures: image files to copy along.
+    card: text of README.md; None: `model_card` of the record. record: what made the encoder, for byol.json; secrets
+        and folders of this machine are taken out. pictures: files to copy along, `curves.png` and `embedding.png`.
 
     Holds config.json, model.safetensors, README.md, byol.json. Replaces an earlier folder of the same kind in one
-    rename. Raises `ByolTimmError` for a module that plain timm cannot build again.
+    rename, where the user's own text in README.md stays. Raises `ByolTimmError` for a module that plain timm cannot
+    build again.
     """
     folder = Path(folder)
-    if folder.exists() and not (folder / "config.json").is_file() and (not folder.is_dir() or any(folder.iterdir())):
+    if folder.exists() and not (folder / CONFIG).is_file() and (not folder.is_dir() or any(folder.iterdir())):
         raise ByolTimmError(f"{folder} exists and is no encoder folder. Choose another place for the encoder")
     encoder = unwrap_model(encoder)
     _check_is_timm(encoder)
     partial = folder.with_name(f".{folder.name}-{uuid.uuid4().hex[:8]}")
     partial.mkdir(parents=True)
     try:
-        _save_config(
-            encoder,
-            partial / "config.json",
-            input_size=_height_and_width(image_size),
-            preparation=dict(mean=tuple(mean), std=tuple(std), interpolation=interpolation, crop_pct=crop_pct),
-            facts={"tag": tag, "license": license, **PAPER, **dict.fromkeys(SOURCE_FACTS)},
-        )
+        preparation = dict(mean=tuple(mean), std=tuple(std), interpolation=interpolation, crop_pct=crop_pct)
+        facts = {"tag": tag, "license": license, **PAPER, **dict.fromkeys(SOURCE_FACTS)}
+        _save_config(encoder, partial / CONFIG, _height_and_width(image_size), preparation, facts)
         # Cloned and contiguous: safetensors refuses tied and channels_last weights.
         tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in encoder.state_dict().items()}
         _check_rebuilds(partial, tensors)
-        save_file(tensors, partial / "model.safetensors", metadata={"format": "pt"})
-        if card is not None:
-            (partial / "README.md").write_text(card, encoding="utf-8")
-        if record is not None:
-            text = json.dumps(redact(record), indent=2, ensure_ascii=False)
-            (partial / "byol.json").write_text(text + "\n", encoding="utf-8")
+        save_file(tensors, partial / WEIGHTS, metadata={"format": "pt"})
+        (partial / RECORD).write_text(_json(redact(dict(record or {}))), encoding="utf-8")
         for picture in pictures:
             shutil.copy(picture, partial / Path(picture).name)
+        if card is None:
+            shown = [name for name in PICTURES if (partial / name).is_file()]
+            local = _text_of(folder / CARD)
+            card = _card(partial, shown, repo_id=None, license=license, local=local, remote=None)
+        (partial / CARD).write_text(card, encoding="utf-8")
         _swap(partial, folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return folder
 
 
-def redact(value: Any) -> Any:
-    """`value` (JSON-like) without secrets and folders of this machine: neither tokens nor home or user names."""
-    if isinstance(value, dict):
-        return {k: REDACTED if SECRET_KEY.search(str(k)) and v else redact(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [redact(item) for item in value]
-    if isinstance(value, Path):
-        value = str(value)
-    if isinstance(value, str):
-        if Path(value).is_absolute():
-            value = f".../{Path(value).name}"
-        value = SECRET_VALUE.sub(REDACTED, value)
-        return re.sub(r"(/home|/Users)/[^/\s]+", "~", value.replace(str(Path.home()) + "/", "~/"))
-    return value
+def check_encoder_folder(folder: str | Path) -> dict[str, Any]:
+    """The config of an encoder folder of any origin, after a check that timm can be trusted with it.
+
+    Known architecture, arguments of a network and nothing else, no other source of weights, weights in safetensors
+    that have every tensor of the network in its shape and only finite numbers. Raises `ByolTimmError` otherwise.
+    """
+    folder = Path(folder)
+    config = _read_config(folder)
+    if not (folder / WEIGHTS).is_file():
+        raise ByolTimmError(f"{folder} has no {WEIGHTS}. Weights in other formats go through recipes/convert.py")
+    try:
+        with torch.device("meta"):
+            network = timm.create_model(f"local-dir:{folder}", pretrained=False)
+    except (TypeError, ValueError, RuntimeError, AssertionError, KeyError) as error:
+        raise ByolTimmError(
+            f"{folder / CONFIG} describes no network that timm can build ({one_line(error)})"
+        ) from error
+    try:
+        with safe_open(folder / WEIGHTS, framework="pt") as weights:
+            names = set(weights.keys())
+            for name, tensor in network.state_dict().items():
+                if name not in names:
+                    raise ByolTimmError(f"{folder / WEIGHTS} lacks {name} of {config['architecture']}")
+                stored = weights.get_tensor(name)
+                if stored.shape != tensor.shape:
+                    shapes = f"{tuple(stored.shape)}, {config['architecture']} has {tuple(tensor.shape)}"
+                    raise ByolTimmError(f"{folder / WEIGHTS} has {name} in another shape ({shapes})")
+                if stored.is_floating_point() and not stored.isfinite().all():
+                    raise ByolTimmError(f"{folder / WEIGHTS} has weights that are not finite ({name})")
+    except (SafetensorError, OSError) as error:
+        raise ByolTimmError(f"{folder / WEIGHTS} is damaged ({one_line(error)}). Fetch or save it again") from error
+    return config
+
+
+def fetch_encoder(name: str) -> Path:
+    """The checked encoder folder behind `user/name`, `user/name@revision` or either with `hf-hub:` in front.
+
+    Two files are fetched, by name. Without a network the copy in the cache is used, and said so. Raises
+    `ByolTimmError` when there is none, and for a repository that is missing, private, gated or no timm model.
+    """
+    repo_id, _, revision = name.removeprefix("hf-hub:").partition("@")
+    _check_name(repo_id)
+    unreachable = _why_unreachable()
+    if unreachable:
+        logger.warning(f"{unreachable}; using the cached copy of {repo_id}")
+    path = ""
+    for file in (CONFIG, WEIGHTS):
+        commit = Path(path).parent.name if path else revision or None
+        try:
+            path = hf_hub_download(repo_id, file, revision=commit, local_files_only=unreachable is not None)
+        except RepositoryNotFoundError as error:
+            page = f"{constants.ENDPOINT}/{repo_id}"
+            raise ByolTimmError(
+                f"{repo_id} is not on the Hub, or private, or gated. Check the name, run `hf auth login`, or accept "
+                f"its terms at {page}"
+            ) from error
+        except RevisionNotFoundError as error:
+            raise ByolTimmError(f"{repo_id} has no revision {revision!r}") from error
+        except LocalEntryNotFoundError as error:
+            reason = unreachable or f"the Hub did not deliver it ({one_line(error.__cause__ or error)})"
+            raise ByolTimmError(f"{repo_id} is not in the cache and {reason}. Try again later") from error
+        except EntryNotFoundError as error:
+            other = "is it a timm model?" if file == CONFIG else "its weights are in another, possibly unsafe, format"
+            raise ByolTimmError(f"{repo_id} has no {file}: {other}") from error
+        except (HfHubHTTPError, HTTPError, OSError) as error:
+            raise ByolTimmError(f"{repo_id} could not be fetched ({one_line(error)}). Try again later") from error
+    check_encoder_folder(Path(path).parent)
+    return Path(path).parent
+
+
+def check_push(repo_id: str, *, public: bool = False, token: str | None = None) -> str:
+    """The full `user/name` of the Hub repository, which exists afterwards and can be written to.
+
+    Asks for name, token, network, and permission, in this order; within 5 seconds where there is no network. Creates
+    the repository, private unless `public`. Raises `ByolTimmError` with what to do about it.
+    """
+    _check_name(repo_id)
+    token = token or get_token()
+    if token is None:
+        raise ByolTimmError("no Hugging Face token. Run `hf auth login` or set HF_TOKEN")
+    unreachable = _why_unreachable()
+    if unreachable:
+        raise PushError(f"{unreachable}. Push later, or train without --push_to_hub")
+    api = HfApi(token=token)
+    with _hub_errors(token, {401: "the Hugging Face token is not valid. Run `hf auth login` or renew HF_TOKEN"}):
+        user = api.whoami()
+    if "/" not in repo_id:
+        repo_id = f"{user['name']}/{repo_id}"
+    refused = (
+        f"the Hugging Face token of {user['name']} may not write to {repo_id}. Use a token with write permission "
+        "(huggingface.co/settings/tokens), or a repository of your own"
+    )
+    if user.get("auth", {}).get("accessToken", {}).get("role") == "read":
+        raise ByolTimmError(refused)
+    with _hub_errors(token, {401: refused, 403: refused, 404: refused}):
+        api.create_repo(repo_id, private=not public, exist_ok=True)
+        # Nothing is uploaded: the Hub is asked how it would take such a file, which needs permission to write.
+        api.preupload_lfs_files(repo_id, [CommitOperationAdd(RECORD, b"{}")])
+        private = api.model_info(repo_id).private
+    if public and private:
+        raise ByolTimmError(f"{repo_id} exists and is private. Make it public in its settings, or omit --public")
+    if not public and not private:
+        raise ByolTimmError(f"{repo_id} exists and is public. Pass --public to push there, or choose another name")
+    return repo_id
+
+
+def push_encoder(
+    folder: str | Path,
+    repo_id: str,
+    *,
+    public: bool = False,
+    revision: str | None = None,
+    license: str | None = None,
+    training_state: str | Path | None = None,
+    token: str | None = None,
+) -> str:
+    """The address of the Hub repository that now holds the encoder, pushed in one commit.
+
+    folder: what `save_encoder` wrote, or the run folder around it. public: a new repository is private otherwise.
+    revision: branch to push to, created when missing. license: as the Hub writes it, `cc-by-4.0`.
+    training_state: folder of a checkpoint (safetensors and JSON), pushed as `training_state/` beside the encoder.
+
+    Text of the user in an earlier card stays. Raises `ByolTimmError` for what the user can mend, and `PushError` (exit
+    code 3) when the Hub fails; the folder stays as it is and the message holds the command to try again.
+    """
+    files = files_to_push(folder, repo_id, license=license, training_state=training_state)
+    try:
+        repo_id = check_push(repo_id, public=public, token=token)
+        token = token or get_token()
+        api = HfApi(token=token)
+        with _hub_errors(token, {}):
+            if revision:
+                api.create_branch(repo_id, branch=revision, exist_ok=True)
+            remote = _remote_card(api, repo_id, revision)
+            files[CARD] = _card_to_push(folder, files, repo_id, license, remote)
+            operations = [CommitOperationAdd(name, content) for name, content in files.items()]
+            message = f"{json.loads(files[CONFIG])['architecture']} pretrained with BYOL"
+            api.create_commit(repo_id, operations, commit_message=message, revision=revision)
+    except ByolTimmError as error:
+        command = ["python", "recipes/push_encoder.py", str(folder), repo_id]
+        command += ["--public"] * public
+        for flag, value in (("revision", revision), ("license", license), ("training_state", training_state)):
+            command += [f"--{flag}", str(value)] if value is not None else []
+        raise type(error)(f"{error}. The encoder is safe in {folder}; to push it: {shlex.join(command)}") from error
+    return f"{constants.ENDPOINT}/{repo_id}" + (f"/tree/{revision}" if revision else "")
+
+
+def files_to_push(
+    folder: str | Path,
+    repo_id: str,
+    *,
+    license: str | None = None,
+    training_state: str | Path | None = None,
+) -> dict[str, Any]:
+    """What `push_encoder` would upload: names in the repository, each with its content or the path of its file."""
+    _check_name(repo_id)
+    encoder = _encoder_folder(folder)
+    check_encoder_folder(encoder)
+    files: dict[str, Any] = {CONFIG: _redacted_file(encoder / CONFIG), WEIGHTS: encoder / WEIGHTS}
+    if (encoder / RECORD).is_file():
+        files[RECORD] = _redacted_file(encoder / RECORD)
+    for picture in PICTURES:
+        for place in (Path(folder), encoder):
+            if (place / picture).is_file():
+                files[picture] = place / picture
+    files[CARD] = _card_to_push(folder, files, repo_id, license, None)
+    if training_state is not None:
+        files |= _training_state_files(Path(training_state))
+    return files
+
+
+def register(source: str, *, tag: str) -> str:
+    """The name, `resnet18.byol_cifar10` for tag `byol_cifar10`, under which timm now finds the encoder in this process.
+
+    source: `hf-hub:user/name`, with `@revision` or without, or `local-dir:folder`. The architecture's other tags and
+    its default stay as they are. Raises `ByolTimmError` for an encoder built with arguments that a tag cannot carry.
+    """
+    if not re.fullmatch(r"[A-Za-z0-9]\w*", tag):
+        raise ByolTimmError(f"a tag consists of letters, digits and underscores ({tag!r})")
+    kind, _, place = source.partition(":")
+    if kind not in ("hf-hub", "local-dir") or not place:
+        raise ByolTimmError(f"an encoder comes from hf-hub:user/name or local-dir:folder ({source!r})")
+    folder = fetch_encoder(place) if kind == "hf-hub" else Path(place).absolute()
+    config = check_encoder_folder(folder)
+    architecture = config["architecture"]
+    name = f"{architecture}.{tag}"
+    location: dict[str, Any] = (
+        dict(hf_hub_id=place, hf_hub_filename=WEIGHTS) if kind == "hf-hub" else dict(file=str(folder / WEIGHTS))
+    )
+    weights = PretrainedCfg(**{**config["pretrained_cfg"], "architecture": architecture, "tag": tag, **location})
+    weights.num_classes = 0
+    weights.fixed_input_size |= "img_size" in config.get("model_args", {})
+    with torch.device("meta"):
+        registered = timm.create_model(architecture, pretrained_cfg=dataclasses.asdict(weights), pretrained=False)
+        original = timm.create_model(f"local-dir:{folder}", pretrained=False, num_classes=0)
+    if repr(registered) != repr(original) or _shapes(registered) != _shapes(original):
+        arguments = ", ".join(f"{key}={value}" for key, value in config.get("model_args", {}).items())
+        raise ByolTimmError(
+            f"a tag of {architecture} cannot carry the arguments that the encoder was built with ({arguments}). "
+            f"Load it as timm.create_model({source!r}, pretrained=True)"
+        )
+    known: Any = _registry._model_default_cfgs[architecture]
+    if tag in known.cfgs and (known.cfgs[tag].hf_hub_id, known.cfgs[tag].file) != (weights.hf_hub_id, weights.file):
+        raise ByolTimmError(f"timm knows other weights as {name}. Choose another tag")
+    # timm offers no public way; registering the architecture anew would drop its other tags.
+    if tag not in known.cfgs:
+        known.tags.append(tag)
+        _registry._model_with_tags[architecture].append(name)
+    known.cfgs[tag] = weights
+    _registry._model_pretrained_cfgs[name] = weights
+    _registry._model_has_pretrained.add(name)
+    return name
 
 
 def _check_is_timm(encoder: nn.Module) -> None:
@@ -116,11 +355,11 @@ def _check_is_timm(encoder: nn.Module) -> None:
 
 
 def _save_config(
-    encoder: nn.Module, path: Path, *, input_size: tuple[int, int], preparation: dict[str, Any], facts: dict[str, Any]
+    encoder: nn.Module, path: Path, input_size: tuple[int, int], preparation: dict[str, Any], facts: dict[str, Any]
 ) -> None:
-    channels = resolve_input_data_config(encoder, preparation)["input_size"][0]
-    preparation = {"input_size": (channels, *input_size), **preparation}
     try:
+        channels = resolve_input_data_config(encoder, preparation)["input_size"][0]
+        preparation = {"input_size": (channels, *input_size), **preparation}
         save_config_for_hf(encoder, str(path), model_config={"pretrained_cfg": facts}, data_config=preparation)
     except ValueError as error:
         raise ByolTimmError(f"the encoder cannot be described to timm. {error}") from error
@@ -129,24 +368,204 @@ def _save_config(
 def _check_rebuilds(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
     """A stem or layer exchanged after `timm.create_model` would only be noticed by whoever loads the folder."""
     with torch.device("meta"):
-        rebuilt = timm.create_model(f"local-dir:{folder}", pretrained=False).state_dict()
-    for name in sorted(rebuilt.keys() | tensors.keys()):
-        if name not in rebuilt or name not in tensors or rebuilt[name].shape != tensors[name].shape:
+        rebuilt = _shapes(timm.create_model(f"local-dir:{folder}", pretrained=False))
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    for name in sorted(rebuilt.keys() | shapes.keys()):
+        if rebuilt.get(name) != shapes.get(name):
             raise ByolTimmError(
                 f"timm would build another network than this encoder (they differ in {name}): it was changed after "
                 "timm.create_model. Ask for the change by arguments of create_model, or save its weights with torch"
             )
 
 
+def _shapes(network: nn.Module) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in network.state_dict().items()}
+
+
 def _swap(partial: Path, folder: Path) -> None:
-    if not folder.exists():
+    if folder.exists():
+        old = folder.with_name(f".{folder.name}-{uuid.uuid4().hex[:8]}")
+        folder.rename(old)
         partial.rename(folder)
-        return
-    old = folder.with_name(f".{folder.name}-{uuid.uuid4().hex[:8]}")
-    folder.rename(old)
-    partial.rename(folder)
-    shutil.rmtree(old)
+        shutil.rmtree(old)
+    else:
+        partial.rename(folder)
 
 
 def _height_and_width(image_size: int | tuple[int, int]) -> tuple[int, int]:
     return (image_size, image_size) if isinstance(image_size, int) else (image_size[0], image_size[1])
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    """config.json of the folder, in today's layout, its types and keys checked."""
+    path = folder / CONFIG
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ByolTimmError(f"{path} cannot be read ({error.strerror}). Is it an encoder folder?") from error
+    except ValueError as error:
+        raise ByolTimmError(f"{path} is not JSON ({one_line(error)})") from error
+    if not isinstance(config, dict) or not isinstance(config.get("architecture"), str):
+        raise ByolTimmError(f"{path} names no architecture: not a timm model")
+    if "pretrained_cfg" not in config:
+        flat = {key: value for key, value in config.items() if key not in ("architecture", "num_features")}
+        config = {"architecture": config["architecture"], "pretrained_cfg": flat}
+    architecture, facts, arguments = config["architecture"], config["pretrained_cfg"], config.get("model_args", {})
+    if not timm.is_model(architecture):
+        raise ByolTimmError(f"{path}: timm {timm.__version__} has no architecture {architecture!r}. Update timm?")
+    if not isinstance(facts, dict) or not isinstance(arguments, dict):
+        raise ByolTimmError(f"{path}: pretrained_cfg and model_args must be objects")
+    unknown = facts.keys() - {field.name for field in dataclasses.fields(PretrainedCfg)} - {"labels"}
+    if unknown:
+        raise ByolTimmError(f"{path}: pretrained_cfg has the unknown key {min(unknown)!r}")
+    for key in FOREIGN_SOURCES:
+        if facts.get(key):
+            raise ByolTimmError(f"{path}: pretrained_cfg.{key} names another source of weights. Remove it")
+    if facts.get("custom_load") not in (None, False, True):
+        raise ByolTimmError(f"{path}: pretrained_cfg.custom_load asks for another file format. Remove it")
+    size = facts.get("input_size")
+    if size is not None and not (_numbers(size, int) and len(size) == 3 and min(size) > 0):
+        raise ByolTimmError(f"{path}: input_size must be three positive numbers ({size!r})")
+    for key in ("mean", "std"):
+        if facts.get(key) is not None and not _numbers(facts[key], int | float):
+            raise ByolTimmError(f"{path}: {key} must be numbers ({facts[key]!r})")
+    for key, value in arguments.items():
+        if FACTORY_ARGUMENTS.fullmatch(key) or not _is_plain(value):
+            raise ByolTimmError(f"{path}: {key!r} in model_args is no argument of a network")
+    return config
+
+
+def _numbers(value: Any, kind: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(v, kind) and not isinstance(v, bool) for v in value)
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, list):
+        return all(map(_is_plain, value))
+    if isinstance(value, dict):
+        return all(map(_is_plain, value.values()))
+    return value is None or isinstance(value, bool | int | float | str)
+
+
+def _check_name(repo_id: str) -> None:
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError:
+        raise ByolTimmError(
+            f"{repo_id!r} is no name of a Hub repository. Use user/name with letters, digits, '-', '_' and '.'"
+        ) from None
+
+
+def _why_unreachable() -> str | None:
+    """Why the Hub cannot be reached, or None; asked once, where the client would retry for most of a minute."""
+    if constants.is_offline_mode():
+        return "HF_HUB_OFFLINE is set"
+    answers: queue.Queue[str | None] = queue.Queue()
+
+    def ask() -> None:
+        try:
+            get_session().head(constants.ENDPOINT, timeout=PROBE_SECONDS)
+            answers.put(None)
+        except (HTTPError, OSError) as error:
+            answers.put(f"{constants.ENDPOINT} cannot be reached ({one_line(error)})")
+
+    # In a thread, since the look-up of the name has no time limit of its own.
+    threading.Thread(target=ask, daemon=True).start()
+    try:
+        return answers.get(timeout=PROBE_SECONDS + 1)
+    except queue.Empty:
+        return f"{constants.ENDPOINT} does not answer"
+
+
+@contextlib.contextmanager
+def _hub_errors(token: str | None, known: Mapping[int, str]) -> Iterator[None]:
+    """Errors of the client in one line: those the user can mend by their status, all others as `PushError`."""
+    try:
+        yield
+    except HfHubHTTPError as error:
+        status = error.response.status_code
+        if status in known:
+            raise ByolTimmError(known[status]) from None
+        text = one_line(error.server_message or "").replace(token or REDACTED, REDACTED)
+        raise PushError(f"the Hub answered {status}" + (f" ({text})" if text else "")) from None
+    except (HTTPError, OSError) as error:
+        text = one_line(error).replace(token or REDACTED, REDACTED)
+        raise PushError(f"the connection to the Hub failed ({text})") from None
+
+
+def _encoder_folder(folder: str | Path) -> Path:
+    for place in (Path(folder), Path(folder) / "encoder"):
+        if (place / CONFIG).is_file():
+            return place
+    raise ByolTimmError(f"{folder} holds no encoder (no {CONFIG} in it or in its folder encoder)")
+
+
+def _card_to_push(
+    folder: str | Path, files: Mapping[str, Any], repo_id: str, license: str | None, remote: str | None
+) -> bytes:
+    encoder = _encoder_folder(folder)
+    pictures = [name for name in PICTURES if name in files]
+    local = _text_of(encoder / CARD)
+    return _card(encoder, pictures, repo_id=repo_id, license=license, local=local, remote=remote).encode()
+
+
+def _remote_card(api: HfApi, repo_id: str, revision: str | None) -> str | None:
+    try:
+        path = api.hf_hub_download(repo_id, CARD, revision=revision)
+    except EntryNotFoundError:
+        return None
+    return Path(path).read_text(encoding="utf-8")
+
+
+def _card(
+    folder: Path,
+    pictures: Sequence[str],
+    *,
+    repo_id: str | None,
+    license: str | None,
+    local: str | None,
+    remote: str | None,
+) -> str:
+    """Our card of the encoder in `folder`, around it the user's text: that on the Hub, else that in the folder."""
+    if local is not None and CARD_START not in local:
+        return local  # written by the user as a whole
+    base = local if remote is None or (local and own_text(local) and not own_text(remote)) else remote
+    config = _read_config(folder)
+    record = json.loads((folder / RECORD).read_text(encoding="utf-8")) if (folder / RECORD).is_file() else {}
+    stated = card_metadata(base)[0].get("license") if base is not None else None
+    license = license or stated or config["pretrained_cfg"].get("license")
+    ours = model_card(record, config=config, repo_id=repo_id, license=license, pictures=pictures)
+    return ours if base is None else merge_cards(base, ours)
+
+
+def _text_of(path: Path) -> str | None:
+    return path.read_text(encoding="utf-8") if path.is_file() else None
+
+
+def _training_state_files(folder: Path) -> dict[str, Any]:
+    if not folder.is_dir() or not any(folder.glob("*.safetensors")):
+        raise ByolTimmError(f"{folder} holds no training state. Name a checkpoint, RUN/checkpoints/step-N")
+    files: dict[str, Any] = {}
+    for path in sorted(folder.iterdir()):
+        if path.suffix not in (".safetensors", ".json") or not path.is_file():
+            raise ByolTimmError(f"{path} is neither safetensors nor JSON and is not pushed. Move it away")
+        files[path.name] = _redacted_file(path) if path.suffix == ".json" else path
+    if "manifest.json" in files:
+        # The manifest vouches for the bytes that are pushed, not for those before redaction.
+        manifest = json.loads(files["manifest.json"])
+        for name, entry in manifest["files"].items():
+            if name.endswith(".json"):
+                entry |= {"bytes": len(files[name]), "sha256": hashlib.sha256(files[name]).hexdigest()}
+        files["manifest.json"] = _json(manifest).encode()
+    return {f"{TRAINING_STATE}/{name}": content for name, content in files.items()}
+
+
+def _redacted_file(path: Path) -> bytes:
+    try:
+        return _json(redact(json.loads(path.read_text(encoding="utf-8")))).encode()
+    except ValueError as error:
+        raise ByolTimmError(f"{path} is not JSON ({one_line(error)})") from error
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
