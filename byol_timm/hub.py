@@ -479,18 +479,25 @@ def _why_unreachable() -> str | None:
 
 @contextlib.contextmanager
 def _hub_errors(token: str | None, known: Mapping[int, str]) -> Iterator[None]:
-    """Errors of the client in one line: those the user can mend by their status, all others as `PushError`."""
+    """Errors of the client in one line: those the user can mend by their status, the others as `PushError`."""
     try:
         yield
-    except HfHubHTTPError as error:
-        status = error.response.status_code
-        if status in known:
-            raise ByolTimmError(known[status]) from None
-        text = one_line(error.server_message or "").replace(token or REDACTED, REDACTED)
-        raise PushError(f"the Hub answered {status}" + (f" ({text})" if text else "")) from None
-    except (HTTPError, OSError) as error:
-        text = one_line(error).replace(token or REDACTED, REDACTED)
-        raise PushError(f"the connection to the Hub failed ({text})") from None
+    except ByolTimmError:
+        raise
+    except (HTTPError, OSError, RuntimeError) as error:
+        # The client wraps a failed upload of weights in a RuntimeError.
+        cause = error.__cause__ if type(error) is RuntimeError and error.__cause__ else error
+        if isinstance(cause, HfHubHTTPError):
+            status, text = cause.response.status_code, cause.server_message or ""
+            if status in known:
+                raise ByolTimmError(known[status]) from None
+            what = f"the Hub answered {status}"
+        else:
+            what, text = "the connection to the Hub failed", str(cause)
+        text = one_line(text.replace(token or REDACTED, REDACTED)) if text else ""
+        raise PushError(f"{what} ({text})" if text else what) from None
+    except ValueError as error:
+        raise ByolTimmError(f"the Hub does not accept this ({one_line(error)})") from None
 
 
 def _encoder_folder(folder: str | Path) -> Path:
