@@ -137,8 +137,9 @@ class Handler(BaseHTTPRequestHandler):
             access = dict(displayName="test", role=role)
             return self.reply(200, dict(type="user", name=user, orgs=[], auth=dict(accessToken=access)))
         if url.path == "/api/validate-yaml":
-            wrong = dict(message='"license" must be one of [apache-2.0, mit, ...]')
-            return self.reply(200, dict(errors=[wrong] * (b"license: nonsense" in body), warnings=[]))
+            if b"license: nonsense" not in body:
+                return self.reply(200, dict(errors=[], warnings=[]))
+            return self.reply(400, dict(errors=[dict(message='"license" must be one of [mit, ...]')], warnings=[]))
         if url.path == "/api/repos/create":
             return self.create(user, json.loads(body))
         for pattern, method in (
