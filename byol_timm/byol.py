@@ -83,8 +83,8 @@ class BYOL(nn.Module):
 
         Buffers are left alone: the target's batch statistics come from its own forward passes.
         """
-        online = [*self.encoder.parameters(), *self.projector.parameters()]
-        target = [*self.target_encoder.parameters(), *self.target_projector.parameters()]
+        online: list[Tensor] = [*self.encoder.parameters(), *self.projector.parameters()]
+        target: list[Tensor] = [*self.target_encoder.parameters(), *self.target_projector.parameters()]
         torch._foreach_lerp_(target, online, 1 - decay)
 
     def train(self, mode: bool = True) -> "BYOL":
@@ -96,7 +96,7 @@ class BYOL(nn.Module):
 
     def no_weight_decay(self) -> set[str]:
         """Names of parameters that the encoder wants exempt from weight decay, such as position embeddings."""
-        exempt = getattr(self.encoder, "no_weight_decay", set)()
+        exempt: set[str] = getattr(self.encoder, "no_weight_decay", set)()
         return {f"encoder.{name}" for name in exempt}
 
 

@@ -22,8 +22,9 @@ Config = TypeVar("Config")
 class PretrainConfig:
     """Pretrain a timm backbone with BYOL. Without any flag: resnet18 on scikit-learn's digits, in minutes on a CPU.
 
-    Flags win over --config. A setting left at None is chosen by the data and the backbone; the run prints what it
-    chose and writes it to config.yaml. Devices, mixed precision and gradient accumulation belong to accelerate launch.
+    --config FILE.yaml reads settings from a file; flags win over it. A setting left at None is chosen by the data and
+    the backbone; the run prints what it chose and writes it to config.yaml. Devices, mixed precision and gradient
+    accumulation belong to accelerate launch.
     """
 
     backbone: str = "resnet18"
@@ -32,6 +33,8 @@ class PretrainConfig:
     """Arguments of the timm model as key=value, or `auto`: what keeps spatial structure in small images."""
     pretrained: bool = False
     """Start from the backbone's pretrained weights."""
+    zero_init_last: bool = True
+    """Start residual branches at zero, as timm does; --no_zero_init_last starts them at one, as the paper does."""
     image_size: int | None = None
     """Side of the square training images; None: 32 for digits, the images' own size up to 64, else 224."""
     in_chans: int = 3
@@ -236,7 +239,7 @@ def _file_arguments(path: str, names: list[str]) -> list[str]:
 def _plain(message: str) -> str:
     """The first paragraph of a boxed message of the parser, in one line."""
     lines = [line.strip(" │") for line in message.splitlines() if not line.startswith(("╭", "╰"))]
-    paragraph = []
+    paragraph: list[str] = []
     for line in lines:
         if line.startswith(("──", "Got errors")) or (paragraph and not line):
             break

@@ -26,6 +26,7 @@ def create_encoder(
     in_chans: int = 3,
     pretrained: bool = False,
     auto_kwargs: bool = False,
+    zero_init_last: bool = True,
     **backbone_kwargs: Any,
 ) -> nn.Module:
     """A timm model without classifier that maps images [B, in_chans, H, W] to representations [B, width].
@@ -34,6 +35,8 @@ def create_encoder(
         bring their weights along.
     image_size: the square size of the training images; None leaves the backbone's own.
     auto_kwargs: for small images, add the argument that keeps at least a 2x2 map, where the backbone has one.
+    zero_init_last: timm starts the last norm of a residual block at 0; False starts it at 1 as the paper's networks,
+        in the backbones that have the choice.
     backbone_kwargs: passed to the timm model, for example `output_stride=8`.
 
     Raises `ByolTimmError` for an unknown name, an unknown argument, and images that the backbone cannot take.
@@ -52,9 +55,12 @@ def create_encoder(
                 f"{backbone} leaves at most a 2x2 map of {image_size}x{image_size} images; "
                 f"--backbone_kwargs {key}={value} keeps more, or use larger images"
             )
+    accepted = inspect.signature(type(_build_on_meta(arguments)).__init__).parameters
+    if not zero_init_last and "zero_init_last" in accepted:
+        arguments["zero_init_last"] = False
     from_source = ":" in backbone
     try:
-        encoder = timm.create_model(pretrained=pretrained or from_source, **arguments)
+        encoder: Any = timm.create_model(pretrained=pretrained or from_source, **arguments)
     except (RuntimeError, OSError, ValueError) as error:
         raise ByolTimmError(f"{backbone!r} could not be loaded ({_one_line(error)})") from error
     if image_size is not None:
@@ -105,10 +111,6 @@ def _fitting_arguments(backbone: str, image_size: int | None, kwargs: dict[str, 
             return native
     if failure is not None:
         raise failure
-    accepts = inspect.signature(type(_build_on_meta(arguments)).__init__).parameters
-    if "zero_init_last" in accepts:
-        # The paper's residual blocks start with gamma = 1 (fidelity to the released code), timm's with 0.
-        arguments.setdefault("zero_init_last", False)
     return arguments
 
 
@@ -128,7 +130,7 @@ def _resolve(backbone: str, image_size: int | None, kwargs: dict[str, Any]) -> d
         raise ByolTimmError(f"backbone {backbone!r} cannot be used ({_one_line(error)})") from error
 
 
-def _build_on_meta(arguments: dict[str, Any]) -> nn.Module:
+def _build_on_meta(arguments: dict[str, Any]) -> Any:
     with torch.device("meta"):
         return timm.create_model(**arguments)
 
@@ -161,7 +163,7 @@ def _probe(backbone: str, arguments: dict[str, Any], image_size: int | None) -> 
     return None
 
 
-def _input_shape(encoder: nn.Module, arguments: dict[str, Any], image_size: int | None) -> tuple[int, int, int, int]:
+def _input_shape(encoder: Any, arguments: dict[str, Any], image_size: int | None) -> tuple[int, int, int, int]:
     _, height, width = encoder.pretrained_cfg["input_size"]
     if image_size is not None:
         height = width = image_size

@@ -40,7 +40,7 @@ class LARS(torch.optim.Optimizer):
                 continue
             grads = [p.grad for p in params]
             if group["adapt"]:
-                grads = torch._foreach_add(grads, params, alpha=group["weight_decay"])
+                grads = list(torch._foreach_add(grads, params, alpha=group["weight_decay"]))
                 param_norms = torch.stack(torch._foreach_norm(params))
                 grad_norms = torch.stack(torch._foreach_norm(grads))
                 ratios = torch.where((param_norms > 0) & (grad_norms > 0), group["eta"] * param_norms / grad_norms, 1.0)
@@ -64,7 +64,8 @@ def parameter_groups(module: nn.Module, weight_decay: float, *, no_weight_decay:
     The second group carries `weight_decay=0` and, for `LARS`, `adapt=False`.
     """
     exempt = set(no_weight_decay)
-    decayed, plain = [], []
+    decayed: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
             skip = parameter.ndim <= 1 or name.endswith(".bias") or name in exempt

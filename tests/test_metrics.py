@@ -3,8 +3,12 @@ import json
 import math
 
 import pytest
+import timm
 import torch
+from sklearn.datasets import load_digits
 
+from byol_timm.augment import AUGMENTATIONS, TwoViews
+from byol_timm.byol import BYOL
 from byol_timm.errors import ByolTimmError
 from byol_timm.metrics import CollapseAlarm, MetricsLog, effective_rank, feature_std, read_metrics
 
@@ -178,13 +182,13 @@ def alarm(**settings):
     return CollapseAlarm(**{**usual, **settings})
 
 
-GOOD = dict(step=1, feature_std=0.6, effective_rank=20.0)
-BAD = dict(step=2, feature_std=0.001, effective_rank=20.0)
-FLAT = dict(step=2, feature_std=0.5, effective_rank=1.1)
-NAN = dict(step=2, feature_std=math.nan, effective_rank=20.0)
+GOOD = dict(step=1, feature_std=0.6, projection_std=0.7)
+BAD = dict(step=2, feature_std=0.6, projection_std=0.03)
+DEAD = dict(step=2, feature_std=0.0001, projection_std=0.7)
+NAN = dict(step=2, feature_std=math.nan, projection_std=0.7)
 
 
-@pytest.mark.parametrize("bad", [BAD, FLAT, NAN])
+@pytest.mark.parametrize("bad", [BAD, DEAD, NAN])
 def test_the_alarm_sounds_at_the_third_bad_check_in_a_row_and_once(bad):
     watch = alarm()
     assert [watch.check(row) is not None for row in [bad, bad, GOOD, bad, bad, bad, bad, bad]] == [
@@ -211,5 +215,31 @@ def test_the_warning_is_one_line_with_the_likely_cause(settings, cause):
     watch = alarm(**settings)
     warning = [watch.check(BAD) for _ in range(3)][-1]
     assert "\n" not in warning
-    assert "collapsed by step 2: feature std 0.001" in warning
+    assert "collapsed by step 2: projection std 0.030" in warning
     assert cause in warning
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backbone", ["test_resnet", "test_convnext"])
+@pytest.mark.parametrize("predictor", [True, False])
+def test_the_alarm_hears_a_missing_predictor_and_nothing_else(backbone, predictor):
+    digits = torch.tensor(load_digits().images / 16 * 255, dtype=torch.uint8)[:, None].repeat(1, 3, 1, 1)
+    views = TwoViews(AUGMENTATIONS["digits"], 32, seed=0, mean=(0.5,) * 3, std=(0.5,) * 3)
+    byol = BYOL(timm.create_model(backbone, num_classes=0), hidden_dim=128, projection_dim=64)
+    if not predictor:
+        byol.predictor = torch.nn.Identity()
+    optimizer = torch.optim.SGD([p for p in byol.parameters() if p.requires_grad], lr=0.1, momentum=0.9)
+    watch, warnings = alarm(), []
+    projections = []
+    byol.projector.register_forward_hook(lambda module, inputs, output: projections.append(output.detach()))
+    for step in range(60):
+        indices = torch.arange(64 * step, 64 * step + 64)
+        out = byol(*views(digits[indices % len(digits)], indices))
+        optimizer.zero_grad()
+        out["loss"].backward()
+        optimizer.step()
+        byol.update_target(0.95)
+        if step % 5 == 4:
+            figures = dict(feature_std=feature_std(out["representation"]), projection_std=feature_std(projections[-1]))
+            warnings.append(watch.check({"step": step, **{name: value.item() for name, value in figures.items()}}))
+    assert any(warnings) != predictor
