@@ -10,11 +10,12 @@ from torch import Tensor, nn
 
 from .augment import normalize as normalize_pixels
 from .byol import normalize
+from .encoder import encoder_width
 from .errors import ByolTimmError
 
 Labels = Tensor | NDArray[np.int64]
 
-# Similarities computed at a time.
+# Similarities held at a time.
 KNN_VALUES = 2**24
 
 
@@ -46,9 +47,7 @@ def extract_features(
                 poll()
             images = normalize_pixels(pixels.to(device), mean, std).contiguous(memory_format=layout)
             features.append(encoder(images).float().cpu())
-    if not features:
-        raise ByolTimmError("there are no images to extract features of")
-    return torch.cat(features)
+    return torch.cat(features) if features else torch.empty(0, encoder_width(encoder))
 
 
 @contextmanager
@@ -78,13 +77,8 @@ def knn(
     Queries with label -1 do not count.
     """
     labels = torch.as_tensor(query_labels)
-    known = labels >= 0
-    if not known.any():
-        raise ByolTimmError("no image to classify has a label. kNN accuracy needs some")
-    num_classes = 1 + max(int(labels.max()), int(torch.as_tensor(bank_labels).max()))
-    scores = knn_scores(
-        bank, bank_labels, queries[known], k=k, temperature=temperature, center=center, num_classes=num_classes
-    )
+    known = _labelled(labels, "classify")
+    scores = knn_scores(bank, bank_labels, queries[known], k=k, temperature=temperature, center=center)
     return (scores.argmax(1) == labels[known]).double().mean().item()
 
 
@@ -99,43 +93,56 @@ def knn_scores(
     center: bool = True,
     num_classes: int | None = None,
 ) -> Tensor:
-    """The logarithm of each class's votes, [Q, num_classes]: -inf for a class that none of the neighbours has.
+    """Each class's share of the votes as a logarithm, float64 [Q, num_classes]: -inf for a class without votes.
 
-    The k most similar (by cosine) of the bank's labelled images vote with weight exp(cosine / temperature) (Wu et al.
-    2018); of equally similar ones, those that come first. A bank of fewer images votes as a whole.
-    bank [N, d], queries [Q, d]: features; those that are not finite count as zeros.
-    bank_labels: int64 [N], -1 for none.
-    center: subtract the bank's mean from both, so that cosines are of what differs between images.
+    The k nearest labelled images of the bank vote with weight exp(cosine / temperature) (Wu et al. 2018, section 3.4);
+    a smaller bank votes as a whole. bank_labels: int64 [N], -1 for none. See `nearest_neighbours` for the rest.
     """
     bank_labels = torch.as_tensor(bank_labels)
-    known = bank_labels >= 0
-    if not known.any():
-        raise ByolTimmError("no image of the bank has a label. kNN needs some")
-    labels = bank_labels[known].cpu()
+    known = _labelled(bank_labels, "learn from")
+    labels = bank_labels[known]
     num_classes = int(labels.max()) + 1 if num_classes is None else num_classes
-    bank = bank[known.to(bank.device)].float().nan_to_num(0, 0, 0)
-    queries = queries.to(bank.device).float().nan_to_num(0, 0, 0)
-    if center:
-        mean = bank.mean(0)
-        bank, queries = bank - mean, queries - mean
-    bank, k = normalize(bank), min(k, len(bank))
-    scores = []
-    for part in normalize(queries).split(max(1, KNN_VALUES // len(bank))):
-        similarity, neighbours = _nearest(part @ bank.T, k)
-        # On the CPU, where votes are always added up in the same order.
-        votes = torch.zeros(len(part), num_classes, dtype=torch.float64)
-        highest = similarity.max(1, keepdim=True).values
-        weights = ((similarity - highest).double() / temperature).exp()
-        votes.scatter_add_(1, labels[neighbours], weights)
-        scores.append(votes.log() + highest / temperature)
-    return torch.cat(scores)
+    similarity, neighbours = nearest_neighbours(bank[known], queries, k=k, center=center)
+    # On the CPU, where votes are always added up in the same order.
+    votes = torch.zeros(len(queries), num_classes, dtype=torch.float64)
+    votes.scatter_add_(1, labels[neighbours], (similarity.double() / temperature).softmax(1))
+    return votes.log()
 
 
-def _nearest(similarity: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k highest of each row, with their columns, on the CPU; of equal ones the first."""
-    lowest = similarity.topk(k).values[:, -1:]
-    above, equal = similarity > lowest, similarity == lowest
+@torch.no_grad()
+def nearest_neighbours(bank: Tensor, queries: Tensor, *, k: int, center: bool = True) -> tuple[Tensor, Tensor]:
+    """The cosines of the k most similar features of the bank, [Q, k], the highest first, and their places in the bank.
+
+    bank [N, d] and queries [Q, d] are on one device, the results on the CPU. Of equally similar features those come
+    first that do in the bank; features that are not finite count as zeros, and k larger than N as N.
+    center: subtract the bank's mean from both, so that the cosines are of what differs between images.
+    """
+    bank, queries = (features.float().nan_to_num(0, 0, 0) for features in (bank, queries))
+    mean = bank.mean(0) if center else 0.0
+    bank, queries = normalize(bank - mean), normalize(queries - mean)
+    found = []
+    for part in queries.split(max(1, KNN_VALUES // len(bank))):
+        similarity = part @ bank.T
+        highest, columns = similarity.topk(min(k, len(bank)))
+        tied = (similarity >= highest[:, -1:]).sum(1) > columns.shape[1]
+        if tied.any():
+            columns[tied] = _first_of_highest(similarity[tied], highest[tied, -1:], columns.shape[1])
+        columns = columns.sort(1).values
+        highest = similarity.gather(1, columns)
+        order = highest.argsort(dim=1, descending=True, stable=True)
+        found.append((highest.gather(1, order).cpu(), columns.gather(1, order).cpu()))
+    return torch.cat([f[0] for f in found]), torch.cat([f[1] for f in found])
+
+
+def _first_of_highest(values: Tensor, lowest: Tensor, k: int) -> Tensor:
+    """Columns [rows, k] of the values above `lowest` [rows, 1], filled up with the first ones that are equal to it."""
+    above, equal = values > lowest, values == lowest
     room = k - above.sum(1, keepdim=True)
-    chosen = above | (equal & (equal.cumsum(1, dtype=torch.int32) <= room))
-    columns = chosen.nonzero()[:, 1].view(-1, k)
-    return similarity.gather(1, columns).cpu(), columns.cpu()
+    return (above | (equal & (equal.cumsum(1) <= room))).nonzero()[:, 1].view(-1, k)
+
+
+def _labelled(labels: Tensor, purpose: str) -> Tensor:
+    known = labels >= 0
+    if not known.any():
+        raise ByolTimmError(f"none of the {len(labels)} images to {purpose} has a label. Evaluation needs labels")
+    return known
