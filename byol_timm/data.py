@@ -1,0 +1,980 @@
+"""Images in: from files, tables or the Hub to uint8 batches whose order is a function of the seed and the step."""
+
+import contextlib
+import hashlib
+import io
+import itertools
+import logging
+import math
+import os
+import re
+import shutil
+import sys
+import warnings
+from collections import Counter
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image, ImageOps, ImageSequence, UnidentifiedImageError
+from torch import Tensor
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from .errors import ByolTimmError
+
+if TYPE_CHECKING:
+    import datasets
+    import pyarrow
+
+logger = logging.getLogger(__name__)
+
+Array = NDArray[Any]
+OnBadImage = Literal["skip", "error"]
+
+TRAIN, TEST_NAMES = "train", ("test", "validation", "valid", "val")
+HELD_OUT = 0.1
+# Formats that are read, whatever the name of the file says: none of them runs a program, as PostScript would.
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "DIB", "TIFF", "GIF", "PPM", "JPEG2000", "AVIF")
+EXTENSIONS = tuple(
+    ".jpg .jpeg .jpe .jfif .png .webp .bmp .dib .tif .tiff .gif .ppm .pgm .pbm .pnm .jp2 .j2k .avif .npy".split()
+)
+TABLES = (".parquet", ".arrow")
+MAX_BAD = 0.05
+WORKER_TIMEOUT = 600.0
+# Fewer images than this are read faster than worker processes start.
+FEW_IMAGES = 256
+PREFETCH = 2
+
+
+class BadImage(Exception):
+    """An image that cannot be used; the message is the reason."""
+
+
+class WorkerError(ByolTimmError):
+    """A data loading process died or hangs."""
+
+    exit_code = 1
+
+
+@dataclass(frozen=True)
+class Splits:
+    """Images to train on, labelled images held out for evaluation (None without labels), and where both come from."""
+
+    train: "Images"
+    test: "Images | None"
+    note: str
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Images of one forward pass: whole ones (uint8 [B, C, H, W]) or their crops (uint8 [B, 2, C, height, width]).
+
+    `ordinals` (int64 [B], on the CPU) are epoch * number of images + index: what augmentations are drawn from.
+    """
+
+    images: Tensor | None
+    crops: Tensor | None
+    ordinals: Tensor
+
+
+class _Source(Protocol):
+    """Where images lie. `read` and `side` raise `BadImage`."""
+
+    def read(self, row: int, channels: int) -> Array: ...  # uint8 [channels, H, W]
+    def side(self, row: int) -> int: ...
+    def describe(self, row: int) -> str: ...
+    def identity(self, rows: Array) -> Iterable[bytes]: ...
+
+
+@dataclass(frozen=True, eq=False)
+class Images:
+    """Images in a fixed order, decoded one by one; `labels` (int64, -1: unlabelled) index `class_names`."""
+
+    name: str
+    channels: int
+    labels: Array | None
+    class_names: tuple[str, ...]
+    source: _Source = field(repr=False)
+    rows: Array = field(repr=False)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def decode(self, index: int) -> Tensor:
+        """The image, uint8 [channels, H, W], upright; raises `BadImage` with the reason."""
+        return torch.from_numpy(self.source.read(int(self.rows[index]), self.channels))
+
+    def describe(self, index: int) -> str:
+        """A name by which a user finds the image: its file, or its row."""
+        return self.source.describe(int(self.rows[index]))
+
+    def subset(self, indices: Array | Sequence[int]) -> "Images":
+        """These images in this order."""
+        indices = np.asarray(indices, dtype=np.int64)
+        labels = None if self.labels is None else self.labels[indices]
+        return Images(self.name, self.channels, labels, self.class_names, self.source, self.rows[indices])
+
+    def side(self) -> int:
+        """The longer side in pixels of a typical image."""
+        sides = []
+        for index in _spread(len(self), 9):
+            with contextlib.suppress(BadImage):
+                sides.append(self.source.side(int(self.rows[index])))
+        if not sides:
+            raise ByolTimmError(f"no image of {self.name} can be read ({_reason(self, 0)}). check the files")
+        return int(np.median(sides))
+
+
+def open_dataset(
+    dataset: str = "digits",
+    *,
+    config: str | None = None,
+    split: str | None = None,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    in_chans: int = 3,
+    seed: int = 0,
+) -> Splits:
+    """The images that `dataset` names: `digits`, a folder of images, parquet or arrow files, or a Hub dataset id.
+
+    `digits` are scikit-learn's 1,797 scans. The classes of a folder are its first-level folders, its splits folders
+    `train` and `test` (or `validation`, `valid`, `val`). Without a labelled test split, a tenth of every class is held
+    out by `seed`; without labels nothing is. `in_chans` is 1 (grey), 3 (RGB), 4 (RGBA), or as many channels as TIFF
+    stacks and arrays have. Raises `ByolTimmError`.
+    """
+    path = Path(dataset).expanduser()
+    columns = {"image_column": image_column, "label_column": label_column}
+    held_out = HELD_OUT
+    if dataset == "digits":
+        _refuse(dataset, {"dataset_config": config} | columns)
+        parts, held_out = _digits(), 0.2
+    elif path.is_dir() and not _holds_tables(path):
+        _refuse(dataset, {"dataset_config": config} | columns)
+        parts = _folder_parts(path, split)
+    elif path.exists() and not (path.is_dir() or path.suffix in TABLES):
+        raise ByolTimmError(f"dataset {dataset} is a file. give a folder of images, or a .parquet or .arrow file")
+    elif not path.exists() and not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", dataset):
+        raise ByolTimmError(f"data folder {dataset} does not exist. check --dataset")
+    else:
+        parts = _table_parts(_load_tables(dataset, path, config), dataset, **columns)
+    return _choose(parts, dataset, split, in_chans, seed, held_out)
+
+
+def fingerprint(images: Images) -> str:
+    """A hash of which images these are: names and sizes, content where that is cheap, number and channels."""
+    digest = hashlib.sha256(f"{len(images)} {images.channels}".encode())
+    for part in images.source.identity(images.rows):
+        digest.update(part)
+    return digest.hexdigest()
+
+
+def epoch_order(seed: int, epoch: int, n: int) -> Tensor:
+    """The order of `n` images in that epoch, an int64 permutation."""
+    return torch.from_numpy(np.random.default_rng((seed % 2**64, epoch)).permutation(n))
+
+
+def subset_indices(labels: Array, size: int, seed: int) -> Array:
+    """Sorted indices of at most `size` labelled images, of every class as nearly equally many as there are."""
+    order = np.random.default_rng(seed % 2**64).permutation(np.flatnonzero(labels >= 0))
+    rank = np.empty(len(order), dtype=np.int64)
+    for label in np.unique(labels[order]):
+        members = labels[order] == label
+        rank[members] = np.arange(members.sum())
+    return np.sort(order[np.argsort(rank, kind="stable")[:size]])
+
+
+# Training
+
+
+class TrainingBatches:
+    """Endless batches of one process, from optimizer step `start_step` on.
+
+    Step k trains on the images [(k % steps) * global_batch, + global_batch) of `epoch_order(seed, k // steps, n)`,
+    steps = n // global_batch, whatever the number of processes, the batch size and the number of workers: micro-batch
+    m of process r is the slice at (m * world + r) * batch_size of them.
+    Images that all decode to one shape are held in memory up to `memory_limit` bytes and come whole; else `workers`
+    processes (None: one per core, at most 8; 0: this one) decode and come with what `cut(image, ordinal)` made.
+    An image that cannot be read is replaced by the next one that can, and noted in `bad`; more than 5 % of them, or
+    any with `on_bad_image="error"`, end the iteration with a `ByolTimmError`. `progress(done, total)` is called while
+    images are decoded into memory; None: a bar on a terminal.
+    """
+
+    def __init__(
+        self,
+        images: Images,
+        *,
+        batch_size: int,
+        global_batch: int,
+        cut: Callable[[Tensor, int], Tensor],
+        rank: int = 0,
+        world: int = 1,
+        seed: int = 0,
+        start_step: int = 0,
+        workers: int | None = None,
+        memory_limit: float = 2 * 2**30,
+        on_bad_image: OnBadImage = "skip",
+        progress: Callable[[int, int], object] | None = None,
+    ) -> None:
+        micro_batches, rest = divmod(global_batch, batch_size * world)
+        if rest or not micro_batches:
+            raise ByolTimmError(f"global batch {global_batch} is not a multiple of {batch_size} x {world} processes")
+        if len(images) < global_batch:
+            product = f"{batch_size} x {world * micro_batches}"
+            raise ByolTimmError(
+                f"dataset has {len(images)} images but the global batch is {global_batch} ({product}). "
+                "lower --batch_size, the processes or the accumulation"
+            )
+        self.images, self.seed, self.start_step = images, seed, start_step
+        self.batch_size, self.global_batch, self.rank, self.world = batch_size, global_batch, rank, world
+        self.on_bad_image = on_bad_image
+        self.workers = _worker_count(workers)
+        self.bad: dict[int, str] = {}
+        self._cut = cut
+        self._running: Generator[Batch] | None = None
+        self._pixels = self._load(memory_limit, progress)
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether all images are held decoded."""
+        return self._pixels is not None
+
+    def __iter__(self) -> Iterator[Batch]:
+        self.close()
+        self._running = self._from_memory(self._pixels) if self._pixels is not None else self._from_workers()
+        return self._running
+
+    def __enter__(self) -> "TrainingBatches":
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        self.close()
+        # The death of a worker interrupts the main process wherever it is.
+        if isinstance(error, RuntimeError) and (fault := _worker_error(error)):
+            raise fault from error
+
+    def close(self) -> None:
+        """End the workers."""
+        if self._running is not None:
+            self._running.close()
+            self._running = None
+
+    def _ordinals(self) -> Iterator[Tensor]:
+        n, epoch = len(self.images), -1
+        for step in itertools.count(self.start_step):
+            in_epoch = step % (n // self.global_batch)
+            if step // (n // self.global_batch) != epoch:
+                epoch = step // (n // self.global_batch)
+                ordinals = epoch_order(self.seed, epoch, n) + epoch * n
+            batch = ordinals[in_epoch * self.global_batch :][: self.global_batch]
+            yield from batch.split(self.batch_size)[self.rank :: self.world]
+
+    def _from_memory(self, pixels: Tensor) -> Generator[Batch]:
+        shape, pin = (self.batch_size, *pixels.shape[1:]), torch.cuda.is_available()
+        for ordinals in self._ordinals():
+            images = torch.empty(shape, dtype=torch.uint8, pin_memory=pin)
+            torch.index_select(pixels, 0, ordinals % len(pixels), out=images)
+            yield Batch(images, None, ordinals)
+
+    def _from_workers(self) -> Generator[Batch]:
+        reader = _CropReader(self.images, self._cut)
+        size = _probe(self.images, lambda image: self._cut(image, 0)).numel() * self.batch_size
+        seen = replaced = 0
+        with contextlib.closing(_stream(reader, self._ordinals(), self.workers, size)) as answers:
+            for crops, ordinals, bad in answers:
+                seen += len(ordinals)
+                replaced += len(bad)
+                self._note(bad, replaced, seen)
+                yield Batch(None, crops, ordinals)
+
+    def _note(self, bad: dict[int, str], count: int, seen: int) -> None:
+        """Remember and report images that could not be read; stop when they are too many."""
+        for index, reason in bad.items():
+            if self.on_bad_image == "error":
+                raise ByolTimmError(f"image cannot be read: {reason}. mend or remove it, or use --on_bad_image skip")
+            if index not in self.bad:
+                self.bad[index] = reason
+                if len(self.bad) % 1000 == 1:
+                    logger.warning("image cannot be read, the next one takes its place (%d): %s", len(self.bad), reason)
+        if count > MAX_BAD * max(seen, min(1000, len(self.images))):
+            first = next(iter(self.bad.values()))
+            raise ByolTimmError(
+                f"{count} of {seen} images of {self.images.name} cannot be read; the first: {first}. check the files"
+            )
+
+    def _load(self, limit: float, progress: Callable[[int, int], object] | None) -> Tensor | None:
+        """All images, uint8 [N, C, H, W], or None if they differ in shape or take more than `limit` bytes."""
+        n = len(self.images)
+        shapes = {tuple(image.shape) for image in _readable(self.images, _spread(n, 16))}
+        if len(shapes) != 1 or n * math.prod(shape := shapes.pop()) > limit:
+            return None
+        pixels = torch.empty(n, *shape, dtype=torch.uint8)
+        # Small requests, as the shared memory of containers is small.
+        chunk = max(1, min(256, 2**21 // math.prod(shape)))
+        bar = tqdm(
+            total=n, unit="image", desc="decoding", disable=None if progress is None and self.rank == 0 else True
+        )
+        requests = [np.arange(start, min(start + chunk, n)) for start in range(0, n, chunk)]
+        workers = self.workers if n > FEW_IMAGES else 0
+        good = np.ones(n, dtype=bool)
+        found: dict[int, str] = {}
+        try:
+            with (
+                bar,
+                contextlib.closing(
+                    _stream(_ImageReader(self.images, _SameShape(shape)), requests, workers, chunk * math.prod(shape))
+                ) as answers,
+            ):
+                for request, (decoded, indices, bad) in zip(requests, answers, strict=True):
+                    pixels[indices] = decoded
+                    good[list(bad)] = False
+                    found |= bad
+                    self._note(bad, len(found), int(request[-1]) + 1)
+                    bar.update(len(request))
+                    if progress is not None:
+                        progress(int(request[-1]) + 1, n)
+        except _OtherShape:
+            self.bad.clear()
+            return None
+        readable = np.flatnonzero(good)
+        for index in np.flatnonzero(~good):
+            pixels[index] = pixels[readable[np.searchsorted(readable, index) % len(readable)]]
+        return pixels
+
+
+# Evaluation
+
+
+def evaluation_batches(
+    images: Images,
+    transform: Callable[[Tensor], Tensor],
+    *,
+    batch_size: int,
+    workers: int | None = None,
+    indices: Array | Sequence[int] | None = None,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Transformed images (uint8 [B, C, height, width]) and their indices (int64 [B]), in the order of `indices`.
+
+    Images that cannot be read are left out, with one warning; `ByolTimmError` if that leaves none.
+    """
+    indices = np.arange(len(images)) if indices is None else np.asarray(indices, dtype=np.int64)
+    requests = [indices[start : start + batch_size] for start in range(0, len(indices), batch_size)]
+    size = _probe(images, transform).numel() * batch_size
+    bad: dict[int, str] = {}
+    reader = _ImageReader(images, transform)
+    processes = _worker_count(workers) if len(indices) > FEW_IMAGES else 0
+    with contextlib.closing(_stream(reader, requests, processes, size)) as answers:
+        for pixels, good, reasons in answers:
+            bad |= reasons
+            if len(good):
+                yield pixels, good
+    if bad:
+        first = next(iter(bad.values()))
+        if len(bad) == len(indices):
+            raise ByolTimmError(f"none of {len(bad)} images of {images.name} can be read; the first: {first}")
+        logger.warning("%d of %d images cannot be read and are left out; the first: %s", len(bad), len(indices), first)
+
+
+def load_pixels(
+    images: Images,
+    transform: Callable[[Tensor], Tensor],
+    *,
+    workers: int | None = None,
+    indices: Array | Sequence[int] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """All of `evaluation_batches` in memory: uint8 [M, C, height, width] and the int64 indices of those M images."""
+    pixels, good = zip(
+        *evaluation_batches(images, transform, batch_size=32, workers=workers, indices=indices), strict=True
+    )
+    return torch.cat(pixels), torch.cat(good)
+
+
+# Reading in processes
+
+
+class _ImageReader:
+    """Answers a request for indices with the transformed images that can be read, their indices, and the others."""
+
+    def __init__(self, images: Images, transform: Callable[[Tensor], Tensor]) -> None:
+        self.images, self.transform = images, transform
+
+    def __getitem__(self, indices: Array) -> tuple[Tensor, Tensor, dict[int, str]]:
+        pixels, good, bad = [], [], {}
+        for index in indices.tolist():
+            try:
+                image = self.images.decode(index)
+            except BadImage as reason:
+                bad[index] = f"{self.images.describe(index)}: {reason}"
+            else:
+                pixels.append(self.transform(image))
+                good.append(index)
+        return torch.stack(pixels) if pixels else torch.empty(0), torch.tensor(good, dtype=torch.int64), bad
+
+
+class _CropReader:
+    """Answers a request for ordinals with crops, the ordinals, and the images that others had to replace."""
+
+    def __init__(self, images: Images, cut: Callable[[Tensor, int], Tensor]) -> None:
+        self.images, self.cut = images, cut
+        self.known_bad: dict[int, str] = {}
+
+    def __getitem__(self, ordinals: Tensor) -> tuple[Tensor, Tensor, dict[int, str]]:
+        bad: dict[int, str] = {}
+        crops = [self.cut(self._decode(ordinal % len(self.images), bad), ordinal) for ordinal in ordinals.tolist()]
+        return torch.stack(crops), ordinals, bad
+
+    def _decode(self, index: int, bad: dict[int, str]) -> Tensor:
+        # More in a row than may be bad in all: no need to look further.
+        for candidate in range(index, index + int(MAX_BAD * len(self.images)) + 2):
+            candidate %= len(self.images)
+            if candidate not in self.known_bad:
+                try:
+                    return self.images.decode(candidate)
+                except BadImage as reason:
+                    self.known_bad[candidate] = f"{self.images.describe(candidate)}: {reason}"
+            bad[candidate] = self.known_bad[candidate]
+        raise ByolTimmError(f"more than 5 % of {self.images.name} cannot be read; one: {bad[index]}. check the files")
+
+
+class _OtherShape(Exception):
+    """An image is not of the shape that all were thought to have."""
+
+
+class _SameShape:
+    """Passes on images of one shape."""
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        self.shape = shape
+
+    def __call__(self, image: Tensor) -> Tensor:
+        if tuple(image.shape) != self.shape:
+            raise _OtherShape(str(tuple(image.shape)))
+        return image
+
+
+def _stream(reader: Any, requests: Iterable[Any], workers: int, request_bytes: int) -> Generator[Any]:
+    """The reader's answers to the requests, in their order, prepared by worker processes."""
+    if workers:
+        _check_shared_memory(request_bytes * (workers * PREFETCH + 1))
+    loader: DataLoader[Any] = DataLoader(
+        reader,
+        sampler=requests,
+        batch_size=None,
+        num_workers=workers,
+        prefetch_factor=PREFETCH if workers else None,
+        timeout=WORKER_TIMEOUT if workers else 0,
+        worker_init_fn=_start_worker,
+        pin_memory=torch.cuda.is_available(),
+    )
+    try:
+        yield from loader
+    except RuntimeError as error:
+        if fault := _worker_error(error):
+            raise fault from error
+        raise
+
+
+def _start_worker(_: int) -> None:
+    # A group of its own: Ctrl-C and the launcher's signals are for the main process, which ends the workers.
+    os.setpgid(0, 0)
+
+
+def _worker_error(error: RuntimeError) -> WorkerError | None:
+    message = str(error)
+    if "DataLoader timed out" in message:
+        return WorkerError(
+            f"no data for {WORKER_TIMEOUT:.0f} s, a worker hangs. retry with --workers 0 to find out where"
+        )
+    if re.search(r"DataLoader worker \(pid.*(killed by signal|exited unexpectedly)", message):
+        what = " ".join(message.split(". ")[0].split()).removeprefix("DataLoader ")
+        return WorkerError(
+            f"data loading {what}. often out of memory or a broken image: retry with --workers 0 to find it"
+        )
+    return None
+
+
+def _check_shared_memory(needed: int, folder: str = "/dev/shm") -> None:
+    if not os.path.isdir(folder):
+        return
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise ByolTimmError(
+            f"workers need about {needed / 2**20:.0f} MB of shared memory, {folder} has {free / 2**20:.0f} MB free. "
+            "use --workers 0, fewer workers, or docker --shm-size"
+        )
+
+
+def _worker_count(workers: int | None) -> int:
+    """As many as asked for, or one per core of this process, at most 8."""
+    if workers is not None:
+        return workers
+    return max(1, min(8, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+
+
+def _spread(n: int, count: int) -> list[int]:
+    """At most `count` of the indices below `n`, evenly spread."""
+    return np.unique(np.linspace(0, n - 1, min(n, count)).astype(int)).tolist()
+
+
+def _readable(images: Images, indices: Iterable[int]) -> Iterator[Tensor]:
+    for index in indices:
+        with contextlib.suppress(BadImage):
+            yield images.decode(index)
+
+
+def _probe(images: Images, transform: Callable[[Tensor], Tensor]) -> Tensor:
+    """The transform of some image that can be read."""
+    for image in _readable(images, _spread(len(images), 100)):
+        return transform(image)
+    raise ByolTimmError(f"no image of {images.name} can be read ({_reason(images, 0)}). check the files")
+
+
+def _reason(images: Images, index: int) -> str:
+    try:
+        images.decode(index)
+    except BadImage as reason:
+        return f"{images.describe(index)}: {reason}"
+    return ""
+
+
+# Decoding
+
+
+def decode(file: BinaryIO, channels: int) -> Array:
+    """The image in an open file, uint8 [channels, H, W], upright; alpha on white unless `channels` is 4.
+
+    Of an animation the first frame. 16-bit values are scaled to 8. Anything else that does not give that many channels,
+    or that is not whole, is a `BadImage`.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            if file.read(6) == b"\x93NUMPY":
+                file.seek(0)
+                return from_array(np.load(file, allow_pickle=False), channels)
+            file.seek(0)
+            with Image.open(file, formats=_formats()) as image:
+                return _stack(image, channels) if channels not in (1, 3, 4) else _pixels(image, channels)
+    except BadImage:
+        raise
+    except UnidentifiedImageError:
+        raise BadImage(f"not an image in a known format{'' if file.seek(0, 2) else ', the file is empty'}") from None
+    except Exception as error:
+        # Decoders raise all kinds: OSError, SyntaxError, ValueError, struct.error, MemoryError, ...
+        raise BadImage(" ".join(str(error).split()) or type(error).__name__) from error
+
+
+def from_array(array: Array, channels: int) -> Array:
+    """Uint8 [channels, H, W] of an array [H, W], [H, W, C] or [C, H, W], uint8 or uint16."""
+    if array.ndim == 2:
+        array = array[None]
+    elif array.ndim != 3:
+        raise BadImage(f"array of shape {array.shape} is no image")
+    elif array.shape[2] == channels or array.shape[0] not in (1, channels):
+        array = array.transpose(2, 0, 1)
+    if array.dtype == np.uint16:
+        array = _from_16_bit(array)
+    if array.dtype != np.uint8:
+        raise BadImage(f"{array.dtype} values, not uint8 or uint16")
+    if len(array) == 1 and channels == 3:
+        array = array.repeat(3, axis=0)
+    if len(array) != channels:
+        raise BadImage(f"{len(array)} channels, not {channels}")
+    if not array.size:
+        raise BadImage("no pixels")
+    return np.ascontiguousarray(array)
+
+
+@cache
+def _formats() -> tuple[str, ...]:
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
+
+
+def _from_16_bit(values: Array) -> Array:
+    return ((values.astype(np.uint32) + 128) // 257).astype(np.uint8)
+
+
+def _gray_16_bit(image: Image.Image) -> bool:
+    # Older releases of PIL, and PPM in all of them, hold 16 bits in a mode of 32.
+    return image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
+
+
+def _pixels(image: Image.Image, channels: int) -> Array:
+    sixteen_bit = _gray_16_bit(image)
+    upright = ImageOps.exif_transpose(image)
+    if sixteen_bit:
+        upright = Image.fromarray(_from_16_bit(np.asarray(upright)))
+    elif upright.mode in ("I", "F"):
+        raise BadImage(f"32-bit values (mode {upright.mode}) of unknown range, not 8 or 16 bits")
+    if upright.has_transparency_data and channels != 4:
+        upright = upright.convert("RGBA")
+        upright = Image.alpha_composite(Image.new("RGBA", upright.size, "white"), upright)
+    pixels = np.array(upright.convert({1: "L", 3: "RGB", 4: "RGBA"}[channels]))
+    return np.atleast_3d(pixels).transpose(2, 0, 1)
+
+
+def _stack(image: Image.Image, channels: int) -> Array:
+    """The frames of a grey stack as channels."""
+    frames = []
+    for frame in ImageSequence.Iterator(image):
+        if not (frame.mode == "L" or _gray_16_bit(frame)):
+            raise BadImage(f"frames of mode {frame.mode}, not grey ones for {channels} channels")
+        pixels = np.array(frame)
+        frames.append(pixels if frame.mode == "L" else _from_16_bit(pixels))
+        if len(frames) > channels:
+            break
+    if len(frames) != channels or len({frame.shape for frame in frames}) != 1:
+        raise BadImage(
+            f"{'more than ' * (len(frames) > channels)}{min(len(frames), channels)} frames, not {channels} alike"
+        )
+    return np.stack(frames)
+
+
+def _longer_side(file: BinaryIO) -> int:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            if file.read(6) == b"\x93NUMPY":
+                file.seek(0)
+                return sorted(np.load(file, allow_pickle=False).shape)[-1]
+            with Image.open(file, formats=_formats()) as image:
+                return max(image.size)
+    except Exception as error:
+        raise BadImage(str(error)) from error
+
+
+# Sources
+
+
+@dataclass(frozen=True)
+class _Pixels:
+    """Grey images in memory, uint8 [N, H, W]."""
+
+    pixels: Array
+
+    def read(self, row: int, channels: int) -> Array:
+        return self.pixels[row][None].repeat(channels, axis=0)
+
+    def side(self, row: int) -> int:
+        return max(self.pixels.shape[1:])
+
+    def describe(self, row: int) -> str:
+        return f"image {row}"
+
+    def identity(self, rows: Array) -> Iterable[bytes]:
+        return [self.pixels[rows].tobytes()]
+
+
+@dataclass(frozen=True)
+class _Files:
+    """Image files below a folder, by their paths from there."""
+
+    folder: Path
+    names: tuple[str, ...]
+
+    def read(self, row: int, channels: int) -> Array:
+        with self._open(row) as file:
+            return decode(file, channels)
+
+    def side(self, row: int) -> int:
+        with self._open(row) as file:
+            return _longer_side(file)
+
+    def describe(self, row: int) -> str:
+        return _printable(self.names[row])
+
+    def identity(self, rows: Array) -> Iterable[bytes]:
+        for row in rows.tolist():
+            path = self.folder / self.names[row]
+            size = path.stat().st_size if path.exists() else -1
+            yield f"{size} {self.names[row]}\n".encode(errors="surrogateescape")
+
+    def _open(self, row: int) -> BinaryIO:
+        try:
+            return open(self.folder / self.names[row], "rb")
+        except OSError as error:
+            raise BadImage(error.strerror or str(error)) from error
+
+
+class _Rows:
+    """Images in a column of a table: encoded files (bytes, or the paths of files) or arrays."""
+
+    def __init__(self, table: "datasets.Dataset", column: str, split: str) -> None:
+        self.table, self.column, self.split = table.select_columns([column]), column, split
+        self._cells: pyarrow.ChunkedArray | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Memory-mapped tables travel to workers by path, their cells would as bytes.
+        return self.__dict__ | {"_cells": None}
+
+    def read(self, row: int, channels: int) -> Array:
+        cell = self._cell(row)
+        if isinstance(cell, np.ndarray):
+            return from_array(cell, channels)
+        with cell as file:
+            return decode(file, channels)
+
+    def side(self, row: int) -> int:
+        cell = self._cell(row)
+        if isinstance(cell, np.ndarray):
+            return max(cell.shape)
+        with cell as file:
+            return _longer_side(file)
+
+    def describe(self, row: int) -> str:
+        return f"row {row} of {self.split}"
+
+    def identity(self, rows: Array) -> Iterable[bytes]:
+        for row in _spread(len(rows), 256):
+            try:
+                cell = self._cell(int(rows[row]))
+            except BadImage:
+                continue
+            if isinstance(cell, np.ndarray):
+                yield cell.tobytes()
+            else:
+                with cell as file:
+                    yield file.read()
+
+    def _cell(self, row: int) -> "BinaryIO | Array":
+        import datasets
+
+        if isinstance(self.table.features[self.column], (datasets.Array2D, datasets.Array3D)):
+            return self.table.with_format("numpy")[row][self.column]
+        if self._cells is None:
+            self._cells = self.table.with_format("arrow")[:].column(self.column)
+        cell = self._cells[row].as_py()
+        content, path = (cell.get("bytes"), cell.get("path")) if isinstance(cell, dict) else (cell, None)
+        if content is not None:
+            return io.BytesIO(content)
+        if path is None:
+            raise BadImage("the cell is empty")
+        try:
+            return open(path, "rb")
+        except OSError as error:
+            raise BadImage(f"{_printable(path)}: {error.strerror}") from error
+
+
+@dataclass(frozen=True)
+class _Part:
+    """One split as its source has it; `classes` are the names of its images' classes, None where unlabelled."""
+
+    source: _Source
+    size: int
+    classes: Sequence[str | None] | None
+    class_names: tuple[str, ...] = ()
+
+
+def _choose(parts: dict[str, _Part], name: str, split: str | None, channels: int, seed: int, held_out: float) -> Splits:
+    """Training images and, where there are labels, test images."""
+    if split is None and TRAIN not in parts and len(parts) > 1:
+        raise ByolTimmError(f"dataset {name} has no split train, only {', '.join(parts)}. choose one with --split")
+    train_name = split or (TRAIN if TRAIN in parts else next(iter(parts)))
+    if train_name not in parts:
+        raise ByolTimmError(f"dataset {name} has no split {train_name}. choose one with --split: {', '.join(parts)}")
+    train = _images(parts[train_name], name, channels, parts[train_name].class_names)
+    if not len(train):
+        raise ByolTimmError(f"split {train_name} of {name} has no rows")
+    source = f"{len(train):,} images of {name}, {train_name}"
+    if train.labels is None:
+        return Splits(train, None, f"{source}; without labels, so no evaluation")
+    for test_name in TEST_NAMES:
+        if test_name in parts and test_name != train_name and parts[test_name].classes is not None:
+            test = _images(parts[test_name], name, channels, train.class_names)
+            if test.labels is not None and (test.labels >= 0).any():
+                return Splits(train, test, f"{source}; evaluated on its split {test_name} ({len(test):,} images)")
+    test_rows = _hold_out(train.labels, held_out, seed)
+    if not len(test_rows):
+        return Splits(train, None, f"{source}; too few labels to hold any out for evaluation")
+    kept = np.setdiff1d(np.arange(len(train)), test_rows)
+    note = f"{source}; {len(test_rows):,} of them ({held_out:.0%} of every class) held out for evaluation"
+    return Splits(train.subset(kept), train.subset(test_rows), note)
+
+
+def _images(part: _Part, name: str, channels: int, class_names: tuple[str, ...]) -> Images:
+    labels = None
+    if part.classes is not None:
+        numbers: dict[str | None, int] = {label: number for number, label in enumerate(class_names)}
+        labels = np.array([numbers.get(label, -1) for label in part.classes], dtype=np.int64)
+        if not (labels >= 0).any():
+            labels = None
+    return Images(name, channels, labels, class_names if labels is not None else (), part.source, np.arange(part.size))
+
+
+def _hold_out(labels: Array, share: float, seed: int) -> Array:
+    """Sorted indices of that share of every class, at least one where a class has more."""
+    random = np.random.default_rng(seed % 2**64)
+    chosen = [np.empty(0, dtype=np.int64)]
+    for label in np.unique(labels[labels >= 0]):
+        members = np.flatnonzero(labels == label)
+        count = min(max(1, round(share * len(members))), len(members) - 1)
+        chosen.append(random.permutation(members)[:count])
+    return np.sort(np.concatenate(chosen))
+
+
+def _refuse(dataset: str, settings: dict[str, str | None]) -> None:
+    for name, value in settings.items():
+        if value is not None:
+            raise ByolTimmError(f"--{name} ({value}) does not apply to {dataset}, which is not a table. leave it out")
+
+
+def _digits() -> dict[str, _Part]:
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    pixels = np.rint(digits.images * (255 / 16)).astype(np.uint8)
+    classes = [str(label) for label in digits.target]
+    return {TRAIN: _Part(_Pixels(pixels), len(pixels), classes, tuple(map(str, range(10))))}
+
+
+# Folders
+
+
+def _folder_parts(folder: Path, split: str | None) -> dict[str, _Part]:
+    with os.scandir(folder) as entries:
+        folders = sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
+    splits = [name for name in (TRAIN, *TEST_NAMES) if name in folders]
+    if split in folders:
+        splits = [split, *(name for name in splits if name != split)]
+    elif TRAIN not in folders or (
+        len(splits) == 1 and any(_find(folder / name)[0] for name in folders if name != TRAIN)
+    ):
+        splits = []
+    if splits:
+        return {name: _folder_part(folder / name) for name in splits}
+    return {TRAIN: _folder_part(folder)}
+
+
+def _folder_part(folder: Path) -> _Part:
+    names, others = _find(folder)
+    if not names:
+        looked_for = " ".join(EXTENSIONS)
+        found = ", ".join(f"{count} {suffix}" for suffix, count in others.most_common(3)) or "no file"
+        raise ByolTimmError(f"no images found in {folder} (looked for {looked_for}; found {found})")
+    source = _Files(folder, tuple(names))
+    classes = [name.partition("/")[0] if "/" in name else None for name in names]
+    class_names = tuple(dict.fromkeys(label for label in classes if label is not None))
+    if None in classes or len(class_names) < 2:
+        return _Part(source, len(names), None)
+    return _Part(source, len(names), classes, class_names)
+
+
+def _find(folder: Path) -> tuple[list[str], Counter[str]]:
+    """Paths of the image files below a folder, in natural order, and how many other files there are of which kind."""
+    names: list[str] = []
+    others: Counter[str] = Counter()
+    walk = [(str(folder), "", frozenset[tuple[int, int]]())]
+    while walk:
+        path, prefix, above = walk.pop()
+        status = os.stat(path)
+        if (status.st_dev, status.st_ino) in above:
+            continue
+        above |= {(status.st_dev, status.st_ino)}
+        with os.scandir(path) as entries:
+            for entry in entries:
+                if entry.name.startswith("."):
+                    continue
+                suffix = os.path.splitext(entry.name)[1].lower()
+                if entry.is_dir():
+                    walk.append((entry.path, f"{prefix}{entry.name}/", above))
+                elif suffix in EXTENSIONS:
+                    names.append(prefix + entry.name)
+                else:
+                    others[suffix or "without extension"] += 1
+    return sorted(names, key=_natural), others
+
+
+def _natural(name: str) -> tuple[Any, ...]:
+    """Numbers in names by value: a sort key that does not depend on the machine."""
+    pieces = re.split(r"([0-9]+)", name)
+    return *(int(piece) if place % 2 else piece for place, piece in enumerate(pieces)), name
+
+
+def _printable(name: str) -> str:
+    return " ".join(name.encode(errors="backslashreplace").decode().split())
+
+
+# Tables
+
+
+def _holds_tables(folder: Path) -> bool:
+    return any(path.suffix in TABLES for pattern in ("*", "*/*") for path in folder.glob(pattern))
+
+
+def _load_tables(dataset: str, path: Path, config: str | None) -> "dict[str, datasets.Dataset]":
+    import datasets
+
+    bars = not datasets.are_progress_bars_disabled()
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
+    try:
+        if path.is_file():
+            _refuse(dataset, {"dataset_config": config})
+            loaded = datasets.load_dataset(path.suffix[1:], data_files=str(path))
+        elif (path / "state.json").exists() or (path / "dataset_dict.json").exists():
+            _refuse(dataset, {"dataset_config": config})
+            loaded = datasets.load_from_disk(str(path))
+        else:
+            loaded = datasets.load_dataset(str(path) if path.exists() else dataset, config)
+    except ByolTimmError:
+        raise
+    except Exception as error:
+        # What `datasets` raises is of many kinds: no network, no such dataset, no such configuration, broken files.
+        reason = " ".join(str(error).split()) or type(error).__name__
+        where = "" if path.exists() else " is neither a folder here nor loads from the Hub"
+        raise ByolTimmError(f"dataset {dataset}{where or ' cannot be loaded'} ({reason})") from error
+    finally:
+        if bars:
+            datasets.enable_progress_bars()
+    return dict(loaded) if isinstance(loaded, dict) else {TRAIN: loaded}
+
+
+def _table_parts(
+    tables: "dict[str, datasets.Dataset]", name: str, *, image_column: str | None, label_column: str | None
+) -> dict[str, _Part]:
+    import datasets
+
+    features = next(iter(tables.values())).features
+    arrays = (datasets.Array2D, datasets.Array3D)
+    for flag, column in (("image_column", image_column), ("label_column", label_column)):
+        if column is not None and column not in features:
+            raise ByolTimmError(f"no column {column} in {name}; columns: {', '.join(features)}. check --{flag}")
+    if image_column is None:
+        candidates = [c for c, kind in features.items() if isinstance(kind, datasets.Image)]
+        candidates = candidates or [c for c, kind in features.items() if isinstance(kind, arrays)]
+        if len(candidates) != 1:
+            what = "several image columns" if candidates else "no image column"
+            columns = ", ".join(candidates or features)
+            raise ByolTimmError(f"{what} in {name}; columns: {columns}. Pass --image_column")
+        image_column = candidates[0]
+    if label_column is None:
+        candidates = [c for c, kind in features.items() if isinstance(kind, datasets.ClassLabel)]
+        label_column = candidates[0] if len(candidates) == 1 else None
+    return {
+        split: _Part(_Rows(table, image_column, split), len(table), *_classes(table, label_column))
+        for split, table in tables.items()
+    }
+
+
+def _classes(table: "datasets.Dataset", column: str | None) -> tuple[list[str | None] | None, tuple[str, ...]]:
+    """The class of every row by name, and all classes in their order."""
+    import datasets
+
+    if column is None or column not in table.features:
+        return None, ()
+    values = table.select_columns([column]).with_format("arrow")[:].column(column).to_pylist()
+    kind = table.features[column]
+    if isinstance(kind, datasets.ClassLabel):
+        return [kind.names[v] if v is not None and v >= 0 else None for v in values], tuple(kind.names)
+    if not all(v is None or isinstance(v, (int, str)) for v in values):
+        raise ByolTimmError(
+            f"column {column} holds neither class labels, whole numbers nor texts. check --label_column"
+        )
+    classes = [None if v is None or v == -1 else str(v) for v in values]
+    return classes, tuple(sorted({c for c in classes if c is not None}, key=_natural))
