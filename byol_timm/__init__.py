@@ -1,3 +1,47 @@
-"""BYOL pretraining for any timm backbone (Grill et al. 2020, arXiv 2006.07733)."""
+"""Self-supervised pretraining (BYOL) for any timm backbone."""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .augment import TwoViews as TwoViews
+    from .byol import BYOL as BYOL
+    from .config import PretrainConfig as PretrainConfig
+    from .encoder import create_encoder as create_encoder
+    from .errors import ByolTimmError as ByolTimmError
+    from .evaluation import extract_features as extract_features
+    from .evaluation import knn as knn
+    from .evaluation import train_classifier as train_classifier
+    from .hub import push_encoder as push_encoder
+    from .hub import register as register
+    from .hub import save_encoder as save_encoder
+    from .pretraining import pretrain as pretrain
 
 __version__ = "0.1.0.dev0"
+
+_HOMES = {
+    "BYOL": "byol",
+    "ByolTimmError": "errors",
+    "PretrainConfig": "config",
+    "TwoViews": "augment",
+    "create_encoder": "encoder",
+    "extract_features": "evaluation",
+    "knn": "evaluation",
+    "pretrain": "pretraining",
+    "push_encoder": "hub",
+    "register": "hub",
+    "save_encoder": "hub",
+    "train_classifier": "evaluation",
+}
+__all__ = sorted(_HOMES)
+
+
+def __getattr__(name: str) -> Any:
+    # On first use, so that `--help` and a wrong flag are answered before torch is imported.
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]

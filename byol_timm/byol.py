@@ -8,6 +8,10 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .encoder import encoder_width
+from .metrics import feature_std
+
+# Label-free figures of health beside the loss, scalars without gradient.
+HEALTH = ("agreement", "feature_std", "projection_std")
 
 
 class BYOL(nn.Module):
@@ -46,8 +50,9 @@ class BYOL(nn.Module):
         directions share no activations, so one backward pass per direction gives the same gradients as one for their
         sum at about half the memory.
 
-        Returns a dict: `loss` (scalar, 0 to 8, or 0 to 4 for one direction), `agreement` (mean cosine of online and
-        target projection), `representation` [B, width] of the (first) view, detached.
+        Returns a dict: `loss` (scalar, 0 to 8, or 0 to 4 for one direction); `agreement`, the mean cosine of online and
+        target projection; `feature_std` and `projection_std`, the spread of representations and projections over the
+        batch (1 when isotropic, 0 when collapsed); `representation` [B, width] of the (first) view, detached.
         """
         if target is not None:
             return self._direction(view1, target)
@@ -55,11 +60,8 @@ class BYOL(nn.Module):
             raise TypeError("BYOL takes two views, or one view and the target projection of the other")
         target1, target2 = self.target_projections(view1, view2)
         first, second = self._direction(view1, target2), self._direction(view2, target1)
-        return {
-            "loss": first["loss"] + second["loss"],
-            "agreement": (first["agreement"] + second["agreement"]) / 2,
-            "representation": first["representation"],
-        }
+        means = {name: (first[name] + second[name]) / 2 for name in HEALTH}
+        return {"loss": first["loss"] + second["loss"], **means, "representation": first["representation"]}
 
     def _direction(self, view: Tensor, target: Tensor) -> dict[str, Tensor]:
         representation = self.encoder(view)
@@ -68,6 +70,8 @@ class BYOL(nn.Module):
         return {
             "loss": regression_loss(prediction, target),
             "agreement": (normalize(projection.detach()) * normalize(target)).sum(1).mean(),
+            "feature_std": feature_std(representation.detach()),
+            "projection_std": feature_std(projection.detach()),
             "representation": representation.detach(),
         }
 

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import difflib
 import io
+import logging
 import os
 import sys
 import traceback
@@ -110,7 +111,7 @@ class PretrainConfig:
     save_every: int | None = None
     """Steps between checkpoints; None: once per tenth of the run."""
     log_every: int | None = None
-    """Steps between lines of metrics; None: a hundred lines in all."""
+    """Steps between lines of metrics; None: fifty lines in all."""
     knn_every: int | None = None
     """Epochs between kNN evaluations, where labels exist; None: ten in all."""
     resume: bool = False
@@ -167,7 +168,10 @@ def to_yaml(config: Any) -> str:
 
 
 def run(main: Callable[[], Any]) -> None:
-    """Call a recipe's `main`; a `ByolTimmError` becomes one line on stderr, once, and the exit code."""
+    """Call a recipe's `main` with its log on stdout; a `ByolTimmError` becomes one line on stderr and the exit code."""
+    package = logging.getLogger(__package__)
+    package.addHandler(_Console())
+    package.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.CRITICAL)
     try:
         main()
     except ByolTimmError as error:
@@ -177,6 +181,18 @@ def run(main: Callable[[], Any]) -> None:
             text = " ".join(f"byol_timm: error: {error}".split())
             print(text.encode(errors="backslashreplace").decode(), file=sys.stderr)
         raise SystemExit(error.exit_code) from None
+
+
+class _Console(logging.Handler):
+    """Messages as plain lines on stdout, above a progress bar where there is one."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        from tqdm import tqdm
+
+        prefix = "byol_timm: warning: " if record.levelno >= logging.WARNING else ""
+        line = f"{prefix}{record.getMessage()}".encode(sys.stdout.encoding or "utf-8", errors="backslashreplace")
+        tqdm.write(line.decode(sys.stdout.encoding or "utf-8"), file=sys.stdout)
+        sys.stdout.flush()
 
 
 def nearest(name: str, names: Sequence[str]) -> str:

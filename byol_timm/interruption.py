@@ -76,12 +76,15 @@ class Interruption:
             os._exit(128 + number)
 
 
-def agree(requested: int | None, device: torch.device | str) -> int | None:
-    """The largest signal number that any process was asked to stop for; every process must call it."""
+def agree(requested: int | None, group: torch.distributed.ProcessGroup | None = None) -> int | None:
+    """The largest signal number that any process was asked to stop for; every process must call it.
+
+    group: of processes that reduce tensors on the CPU, so that no accelerator is waited for; None: the default one.
+    """
     if not torch.distributed.is_initialized():
         return requested
-    number = torch.tensor(requested or 0, device=device)
-    torch.distributed.all_reduce(number, torch.distributed.ReduceOp.MAX)
+    number = torch.tensor(requested or 0)
+    torch.distributed.all_reduce(number, torch.distributed.ReduceOp.MAX, group)
     return int(number) or None
 
 

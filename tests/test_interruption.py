@@ -100,5 +100,5 @@ def test_the_error_says_what_happened_and_how_to_go_on():
 
 
 def test_one_process_agrees_with_itself():
-    assert agree(None, "cpu") is None
-    assert agree(signal.SIGINT, "cpu") == signal.SIGINT
+    assert agree(None) is None
+    assert agree(signal.SIGINT) == signal.SIGINT

@@ -1,0 +1,121 @@
+"""What `accelerate launch` gave the run: checked, and what its processes have to agree on."""
+
+import hashlib
+import logging
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+from accelerate.utils import broadcast_object_list, gather_object
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from .errors import ByolTimmError
+
+logger = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
+
+_ENGINES = {
+    "ACCELERATE_USE_FSDP": "FSDP",
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+}
+
+
+def create_accelerator(trackers: Sequence[str], folder: Path) -> Accelerator:
+    """The Accelerator of this process, with trackers that write below `folder`.
+
+    Raises `ByolTimmError` for engines and precisions that cannot train BYOL, processes that do not see each other, and
+    trackers that are unknown or not installed.
+    """
+    for variable, engine in _ENGINES.items():
+        if os.environ.get(variable, "").lower() in ("1", "true", "yes"):
+            raise ByolTimmError(f"{engine} splits what BYOL averages; launch with plain multi-GPU instead ({variable})")
+    precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if precision == "fp8":
+        raise ByolTimmError("mixed precision fp8 is not supported. Use bf16")
+    _check_trackers(trackers)
+    accelerator = Accelerator(
+        log_with=list(trackers) or None,
+        project_dir=str(folder),
+        # Every process keeps batch statistics of its own, or all share them; copying those of the first is neither.
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
+    )
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    if world > 1 and accelerator.num_processes == 1:
+        raise ByolTimmError(
+            f"{world} processes were started but they do not see each other. On a CPU set ACCELERATE_USE_CPU=true"
+        )
+    if accelerator.device.type == "cpu":
+        if accelerator.mixed_precision == "fp16":
+            raise ByolTimmError("mixed precision fp16 needs a GPU. Use bf16 or no")
+        if accelerator.mixed_precision == "bf16" and not torch.cpu._is_avx512_bf16_supported():
+            logger.warning("this CPU has no bf16 instructions: expect bf16 to be several times slower than no")
+    elif accelerator.mixed_precision == "bf16" and not torch.cuda.is_bf16_supported():
+        raise ByolTimmError("this GPU has no bf16. Use fp16 or no")
+    return accelerator
+
+
+def _check_trackers(trackers: Sequence[str]) -> None:
+    available = {str(tracker) for tracker in get_available_trackers()}
+    for tracker in trackers:
+        if tracker not in {str(known) for known in LOGGER_TYPE_TO_CLASS}:
+            known = ", ".join(sorted(str(name) for name in LOGGER_TYPE_TO_CLASS))
+            raise ByolTimmError(f"unknown tracker {tracker!r} in --report_to. Known: {known}")
+        if tracker not in available:
+            raise ByolTimmError(
+                f"--report_to {tracker} needs a package that is not installed. Run pip install {tracker}"
+            )
+
+
+def on_main_process(accelerator: Accelerator, act: Callable[[], Result]) -> Result:
+    """What `act` returns on the main process, on every process; a `ByolTimmError` of it is raised on all of them."""
+    outcome: list[Any] = [None, None]
+    if accelerator.is_main_process:
+        try:
+            outcome[0] = act()
+        except ByolTimmError as error:
+            outcome[1] = error
+    broadcast_object_list(outcome)
+    if outcome[1] is not None:
+        raise outcome[1]
+    return outcome[0]
+
+
+def raise_first(accelerator: Accelerator, failure: ByolTimmError | None) -> None:
+    """Raise, on every process, the first failure that any process met; every process must call it."""
+    texts = [text for text in gather_object([str(failure) if failure else None]) if text is not None]
+    if texts:
+        raise ByolTimmError(texts[0])
+
+
+def check_same(accelerator: Accelerator, what: str) -> None:
+    """Raise `ByolTimmError` unless every process has the same text."""
+    digests = gather_object([hashlib.sha256(what.encode()).hexdigest()])
+    if len(set(digests)) > 1:
+        odd = next(rank for rank, digest in enumerate(digests) if digest != digests[0])
+        raise ByolTimmError(f"process {odd} was started with other settings than process 0. Give all the same command")
+
+
+@torch.no_grad()
+def average_batch_statistics(module: nn.Module) -> None:
+    """Give every process the mean of all processes' running statistics; every process must call it."""
+    statistics = [
+        buffer
+        for norm in module.modules()
+        if isinstance(norm, _BatchNorm)
+        for buffer in (norm.running_mean, norm.running_var)
+        if buffer is not None
+    ]
+    if not statistics:
+        return
+    flat = torch.cat([buffer.flatten() for buffer in statistics])
+    torch.distributed.all_reduce(flat)
+    flat /= torch.distributed.get_world_size()
+    for buffer, mean in zip(statistics, flat.split([buffer.numel() for buffer in statistics]), strict=True):
+        buffer.copy_(mean.view_as(buffer))

@@ -1,0 +1,625 @@
+"""`pretrain`: from settings to a trained encoder, top to bottom."""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import logging
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from timm.layers import convert_sync_batchnorm
+from torch import Tensor, nn
+
+from .augment import EvaluationTransform, TwoViews
+from .byol import BYOL, HEALTH, target_decay
+from .card import redact
+from .checkpoint import (
+    CheckpointWriter,
+    compare_config,
+    load_latest,
+    lock_folder,
+    optimizer_tensors,
+    prepare_output_dir,
+    restore_optimizer,
+)
+from .config import PretrainConfig, to_yaml
+from .data import (
+    BadImage,
+    Batch,
+    Images,
+    Splits,
+    TrainingBatches,
+    fingerprint,
+    load_pixels,
+    open_dataset,
+    subset_indices,
+)
+from .defaults import (
+    check,
+    crop_pct,
+    has_batch_norm,
+    normalization,
+    output_dir,
+    resolve_augmentation,
+    resolve_images,
+    resolve_intervals,
+    resolve_training,
+)
+from .encoder import create_encoder, parse_kwargs
+from .errors import ByolTimmError
+from .evaluation import extract_features, knn
+from .hub import check_encoder_folder, check_push, fetch_encoder, push_encoder, save_encoder
+from .interruption import Interrupted, Interruption, agree
+from .launch import average_batch_statistics, check_same, create_accelerator, on_main_process, raise_first
+from .metrics import CollapseAlarm, MetricsLog, effective_rank, read_metrics
+from .optim import create_optimizer, learning_rate
+from .report import save_curves, save_embedding, save_views
+from .summary import banner, closing, environment
+
+logger = logging.getLogger(__name__)
+
+def freeze_parts(encoder, parts): return []
+
+# What may differ between a run and its continuation; everything else decides what the weights become.
+MAY_CHANGE = frozenset(
+    "batch_size output_dir save_every log_every knn_every resume overwrite max_time on_collapse report_to push_to_hub "
+    "public push_training_state dry_run debug workers memory_limit on_bad_image".split()
+)
+NEIGHBOURS = 20
+# A fixed part of the images is enough to see where training goes; `recipes/knn.py` takes all.
+BANK_IMAGES, QUERY_IMAGES, EVALUATION_BYTES = 20_000, 5_000, 2**30
+RAW_PIXELS_SIDE = 32
+MAX_SKIPPED_STEPS = 20
+# Figures of a step that are averaged over processes and over the steps between two lines of metrics.
+FIGURES = ("loss", *HEALTH)
+# What a process says in place of a signal's number, all of which are lower, when it met a failure of its own.
+FAILED = 1000
+
+
+def pretrain(config: PretrainConfig) -> nn.Module:
+    """The encoder that BYOL trained on the images of `config`, in eval mode; the run folder holds everything else.
+
+    Devices, mixed precision and gradient accumulation are those of `accelerate launch`. Raises `ByolTimmError` for
+    whatever the user can mend, before anything slow where it can be known, and `Interrupted` when asked to stop.
+    """
+    check(config)
+    folder = output_dir(config)
+    accelerator = create_accelerator(config.report_to, folder)
+    with contextlib.ExitStack() as stack:
+        stack.callback(accelerator.end_training)
+        if not config.dry_run:
+            on_main_process(accelerator, lambda: _claim(folder, config, stack))
+        interruption = stack.enter_context(Interruption(max_minutes=config.max_time))
+
+        # The images, the encoder that fits them, and what both leave to choose.
+        with accelerator.main_process_first():
+            splits = _open_images(config)
+            settings = resolve_images(config, splits.train.side())
+            torch.manual_seed(settings.seed)
+            encoder = _create_encoder(settings)
+        forwards = accelerator.num_processes * accelerator.gradient_accumulation_steps
+        settings = resolve_training(settings, encoder, len(splits.train), forwards)
+        schedule = Schedule.of(settings, len(splits.train), forwards)
+        settings = resolve_intervals(settings, schedule.steps_per_epoch, len(splits.train))
+        check_same(accelerator, to_yaml(settings))
+
+        # The two views, both networks, the optimizer.
+        mean, std = normalization(encoder, settings.in_chans)
+        views = TwoViews(resolve_augmentation(settings), settings.image_size, seed=settings.seed, mean=mean, std=std)
+        frozen = freeze_parts(encoder, settings.freeze)
+        byol = BYOL(
+            encoder,
+            hidden_dim=settings.hidden_dim,
+            projection_dim=settings.projection_dim,
+            num_head_layers=settings.num_head_layers,
+        )
+        optimizer = create_optimizer(
+            settings.opt, byol, lr=0.0, weight_decay=settings.weight_decay, no_weight_decay=byol.no_weight_decay()
+        )
+        for line in banner(settings, schedule, splits, byol, accelerator, folder, frozen):
+            logger.info(line)
+        if accelerator.is_main_process:
+            folder.mkdir(parents=True, exist_ok=True)
+            _save_example_views(splits.train, views, folder / "views.png")
+        if settings.dry_run:
+            logger.info("dry run: nothing was trained. The views are in %s", folder / "views.png")
+            return encoder.eval()
+
+        # Where training stands.
+        data = {"name": splits.train.name, "images": len(splits.train), "channels": splits.train.channels}
+        data["fingerprint"] = fingerprint(splits.train)
+        step, saved = 0, {}
+        if settings.resume:
+            step, saved = _resume(settings, schedule, data, folder / "checkpoints", byol, optimizer)
+        if accelerator.is_main_process:
+            (folder / "config.yaml").write_text(to_yaml(settings), encoding="utf-8")
+            _write_json(folder / "environment.json", environment(accelerator))
+        accelerator.init_trackers("byol_timm", config={name: str(v) for name, v in dataclasses.asdict(settings).items()})
+
+        # Devices, processes, memory layout.
+        byol.to(memory_format=torch.channels_last if settings.channels_last else torch.contiguous_format)
+        if settings.grad_checkpointing:
+            encoder.set_grad_checkpointing()
+        group = None
+        if accelerator.num_processes > 1 and accelerator.device.type == "cuda":
+            # torch's own converter drops the activations inside timm's layers.
+            byol = convert_sync_batchnorm(byol)
+            group = torch.distributed.new_group(backend="gloo")
+        if settings.compile:
+            for network in byol.children():
+                network.compile()
+        model, optimizer = accelerator.prepare(byol, optimizer)
+        if accelerator.scaler is not None and "scaler" in saved:
+            accelerator.scaler.load_state_dict(saved["scaler"])
+
+        # What reads, watches and writes.
+        batches = stack.enter_context(_open_batches(settings, schedule, splits.train, views.cut, accelerator, step))
+        prepare = _Prepare(views, accelerator.device, settings.channels_last)
+        alarm = CollapseAlarm(
+            opt=settings.opt,
+            lr=settings.lr,
+            batch_size=schedule.global_batch,
+            batch_norm=has_batch_norm(encoder),
+            color=views.augmentation.jitter > 0,
+            target_decay=settings.target_decay,
+        )
+        held_out, evaluated = None, set()
+        if accelerator.is_main_process:
+            writer = stack.enter_context(CheckpointWriter(folder / "checkpoints"))
+            log = stack.enter_context(
+                MetricsLog(
+                    folder,
+                    total_steps=schedule.total_steps,
+                    images_per_step=schedule.global_batch,
+                    resume_step=step,
+                    tracker=accelerator.log,
+                )
+            )
+            evaluated = {row["step"] for row in read_metrics(folder / "metrics.jsonl") if "knn" in row}
+            held_out = HeldOut(settings, splits.train, splits.test, mean=mean, std=std) if splits.test else None
+
+        def save() -> None:
+            state = {"config": dataclasses.asdict(settings), "data": data, "global_batch": schedule.global_batch}
+            state |= {"samples_seen": step * schedule.global_batch, "since_log": since_log.tolist()}
+            if accelerator.scaler is not None:
+                state["scaler"] = accelerator.scaler.state_dict()
+            writer.save(step, {"byol": byol.state_dict(), "optimizer": optimizer_tensors(optimizer.optimizer)}, state)
+
+        since_log = torch.tensor(saved.get("since_log", [0.0] * len(FIGURES)), dtype=torch.float64).to(
+            accelerator.device
+        )
+        stream, skipped = iter(batches), 0
+        while True:
+            if held_out is not None and schedule.evaluates(step, settings.knn_every) and step not in evaluated:
+                accuracy = held_out.knn(encoder, interruption)
+                if accuracy is not None:
+                    log.log({"step": step, "epoch": schedule.epoch(step), "knn": accuracy})
+            if step == schedule.total_steps:
+                break
+
+            # What is known now decides, on all processes alike, whether there is another step.
+            micro_batches, failure = _read(stream, accelerator.gradient_accumulation_steps)
+            stop = agree(FAILED if failure else interruption.requested, group)
+            if stop is not None:
+                if accelerator.is_main_process:
+                    save()
+                    writer.close()
+                raise_first(accelerator, failure)
+                raise Interrupted(stop, step)
+
+            lr, decay = schedule.lr(step), schedule.target_decay(step)
+            for parameters in optimizer.param_groups:
+                parameters["lr"] = lr
+            _seed(settings.seed, step, accelerator.process_index)
+            figures = train_step(accelerator, model, optimizer, map(prepare, micro_batches), target_decay=decay)
+            skipped = skipped + 1 if accelerator.optimizer_step_was_skipped else 0
+            if skipped > MAX_SKIPPED_STEPS or not (skipped or figures["grad_norm"].isfinite()):
+                raise _not_finite(folder, step, lr, figures, micro_batches, accelerator)
+            since_log += accelerator.reduce(torch.stack([figures[name].double() for name in FIGURES]), "mean")
+            step += 1
+
+            if step % settings.log_every == 0 or step == schedule.total_steps:
+                means = since_log / (step % settings.log_every or settings.log_every)
+                row = {"step": step, "epoch": schedule.epoch(step), "lr": lr, "target_decay": decay}
+                row |= dict(zip(FIGURES, means.tolist(), strict=True))
+                since_log.zero_()
+                if accelerator.is_main_process:
+                    log.log(row | {"effective_rank": effective_rank(figures["representation"]).item()})
+                warning = alarm.check(row)
+                if warning and settings.on_collapse == "stop":
+                    raise ByolTimmError(f"{warning}. Stopped, as --on_collapse stop asks")
+                if warning:
+                    logger.warning(warning)
+            if accelerator.is_main_process:
+                log.advance(step)
+                if step % settings.save_every == 0 or step == schedule.total_steps:
+                    save()
+
+        # What it came to.
+        bad = [reason for part in gather_object([batches.bad]) for reason in part.values()]
+        if bad:
+            logger.warning("%d images could not be read and were replaced, the first: %s", len(bad), bad[0])
+        if accelerator.is_main_process:
+            writer.close()
+            log.close()
+            record = {
+                "backbone": settings.backbone,
+                "backbone_kwargs": _backbone_kwargs(settings),
+                "config": dataclasses.asdict(settings),
+                "data": data,
+                "epochs": settings.epochs,
+                "steps": step,
+                "global_batch": schedule.global_batch,
+                "bad_images": len(bad),
+                **environment(accelerator),
+            }
+            _finish(settings, folder, encoder, record, held_out, splits, mean=mean, std=std)
+            if settings.push_to_hub:
+                state = folder / "checkpoints" / f"step-{step}" if settings.push_training_state else None
+                url = push_encoder(folder, settings.push_to_hub, public=settings.public, training_state=state)
+                logger.info("pushed to %s", url)
+        accelerator.wait_for_everyone()
+    return encoder.eval()
+
+
+def train_step(
+    accelerator: Accelerator,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    pairs: Iterable[tuple[Tensor, Tensor]],
+    *,
+    target_decay: float,
+) -> dict[str, Tensor]:
+    """One step of BYOL: forward and backward for every micro-batch, optimizer, target network; the figures of it.
+
+    model: a `BYOL`, prepared by the accelerator as the optimizer is. pairs: the views of each of the launch's
+    `gradient_accumulation_steps` micro-batches. Without a gradient scaler, a gradient that is not finite leaves
+    parameters and target as they were. Returns the figures of `BYOL`, averaged over micro-batches, and `grad_norm`.
+
+    The two directions of the loss share no activations once both target projections are known, so each has a backward
+    pass of its own: the same gradients for half the memory. Processes exchange gradients in the very last one.
+    """
+    byol = accelerator.unwrap_model(model)
+    accumulation = accelerator.gradient_accumulation_steps
+    totals: dict[str, Tensor] = {}
+    for number, (view1, view2) in enumerate(pairs, start=1):
+        with accelerator.autocast():
+            target1, target2 = byol.target_projections(view1, view2)
+        for view, target, last in ((view1, target2, False), (view2, target1, number == accumulation)):
+            with contextlib.nullcontext() if last else accelerator.no_sync(model):
+                figures = model(view, target=target)
+                accelerator.backward(figures["loss"])
+            for name in FIGURES:
+                share = accumulation if name == "loss" else 2 * accumulation
+                totals[name] = totals.get(name, 0) + figures[name].detach() / share
+    if accelerator.scaler is not None:
+        accelerator.unscale_gradients(optimizer)
+    norm = nn.utils.get_total_norm([p.grad for p in byol.parameters() if p.grad is not None])
+    if accelerator.scaler is not None or norm.isfinite():
+        optimizer.step()
+        if not accelerator.optimizer_step_was_skipped:
+            byol.update_target(target_decay)
+    optimizer.zero_grad()
+    if accelerator.num_processes > 1 and accelerator.device.type == "cpu":
+        # torch has no SyncBatchNorm for CPUs, and every process must export and resume the same statistics.
+        average_batch_statistics(byol)
+    return {**totals, "grad_norm": norm, "representation": figures["representation"]}
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """Learning rate, target decay and epoch as functions of the step; one step is one global batch."""
+
+    total_steps: int
+    steps_per_epoch: int
+    warmup_steps: int
+    global_batch: int
+    peak_lr: float
+    base_target_decay: float
+
+    @classmethod
+    def of(cls, config: Any, num_images: int, forwards: int) -> "Schedule":
+        """forwards: of one batch each that make up a step, over processes and accumulation."""
+        global_batch = config.batch_size * forwards
+        if num_images < global_batch:
+            raise ByolTimmError(
+                f"{num_images} images are fewer than the global batch of {global_batch} ({config.batch_size} x "
+                f"{forwards}). Lower --batch_size"
+            )
+        steps_per_epoch = num_images // global_batch
+        total_steps = config.epochs * steps_per_epoch
+        warmup_steps = round(config.warmup_epochs * steps_per_epoch)
+        if warmup_steps >= total_steps:
+            raise ByolTimmError(f"--warmup_epochs {config.warmup_epochs:g} leaves nothing of {config.epochs} epochs")
+        return cls(
+            total_steps=total_steps,
+            steps_per_epoch=steps_per_epoch,
+            warmup_steps=warmup_steps,
+            global_batch=global_batch,
+            peak_lr=config.lr * global_batch / 256,
+            base_target_decay=config.target_decay,
+        )
+
+    def lr(self, step: int) -> float:
+        return learning_rate(step, total_steps=self.total_steps, warmup_steps=self.warmup_steps, peak=self.peak_lr)
+
+    def target_decay(self, step: int) -> float:
+        return target_decay(step, self.total_steps, self.base_target_decay)
+
+    def epoch(self, step: int) -> float:
+        return step / self.steps_per_epoch
+
+    def evaluates(self, step: int, every: int) -> bool:
+        """Whether kNN is due after `step` steps: at the start, every so many epochs, at the end."""
+        return step == self.total_steps or step % (every * self.steps_per_epoch) == 0
+
+
+class HeldOut:
+    """Labelled images in memory that tell how good the encoder's features are: a bank, and queries held out."""
+
+    def __init__(
+        self, config: Any, train: Images, test: Images, *, mean: Sequence[float], std: Sequence[float]
+    ) -> None:
+        transform = EvaluationTransform(config.image_size, crop_pct=crop_pct(config.image_size))
+        room = EVALUATION_BYTES // (config.in_chans * config.image_size**2)
+        self.bank, self.bank_labels = self._load(train, min(BANK_IMAGES, room * 4 // 5), transform, config)
+        self.queries, self.query_labels = self._load(test, min(QUERY_IMAGES, room // 5), transform, config)
+        self.settings = dict(mean=mean, std=std, channels_last=config.channels_last)
+        self.protocol = (
+            f"{NEIGHBOURS}-NN by cosine, features centred, {len(self.queries):,} images held out against "
+            f"{len(self.bank):,} training images; labels serve evaluation only"
+        )
+
+    @staticmethod
+    def _load(images: Images, limit: int, transform: EvaluationTransform, config: Any) -> tuple[Tensor, Tensor]:
+        chosen = subset_indices(images.labels, limit, config.seed)
+        pixels, indices = load_pixels(images, transform, workers=config.workers, indices=chosen)
+        return pixels, torch.as_tensor(images.labels)[indices]
+
+    def knn(self, encoder: nn.Module, interruption: Interruption | None = None) -> float | None:
+        """20-NN accuracy of the encoder's features, 0 to 1; None when asked to stop in between."""
+
+        def poll() -> None:
+            if interruption is not None and interruption.requested is not None:
+                raise _Stop
+
+        try:
+            bank = extract_features(encoder, self.bank, poll=poll, **self.settings)
+            queries = extract_features(encoder, self.queries, poll=poll, **self.settings)
+        except _Stop:
+            return None
+        return knn(bank, self.bank_labels, queries, self.query_labels, k=NEIGHBOURS)
+
+    def knn_of_pixels(self) -> float:
+        """The same of the pixels themselves, of images not larger than 32x32."""
+        bank, queries = (_thumbnails(pixels).flatten(1) for pixels in (self.bank, self.queries))
+        return knn(bank, self.bank_labels, queries, self.query_labels, k=NEIGHBOURS)
+
+
+class _Stop(Exception):
+    """An evaluation was asked to end."""
+
+
+def _thumbnails(pixels: Tensor) -> Tensor:
+    if pixels.shape[-1] <= RAW_PIXELS_SIDE:
+        return pixels.float()
+    return torch.cat([F.adaptive_avg_pool2d(part.float(), RAW_PIXELS_SIDE) for part in pixels.split(256)])
+
+
+def _claim(folder: Path, config: PretrainConfig, stack: contextlib.ExitStack) -> None:
+    if config.push_to_hub:
+        check_push(config.push_to_hub, public=config.public)
+    prepare_output_dir(folder, resume=config.resume, overwrite=config.overwrite)
+    stack.enter_context(lock_folder(folder))
+
+
+def _open_images(config: PretrainConfig) -> Splits:
+    return open_dataset(
+        config.dataset,
+        config=config.dataset_config,
+        split=config.split,
+        image_column=config.image_column,
+        label_column=config.label_column,
+        in_chans=config.in_chans,
+        seed=config.seed,
+    )
+
+
+def _create_encoder(config: Any) -> nn.Module:
+    name: str = config.backbone
+    if name.startswith("hf-hub:"):
+        name = f"local-dir:{fetch_encoder(name)}"
+    elif name.startswith("local-dir:"):
+        check_encoder_folder(name.removeprefix("local-dir:"))
+    return create_encoder(
+        name,
+        image_size=config.image_size,
+        in_chans=config.in_chans,
+        pretrained=config.pretrained,
+        auto_kwargs="auto" in config.backbone_kwargs,
+        zero_init_last=config.zero_init_last,
+        **_backbone_kwargs(config),
+    )
+
+
+def _backbone_kwargs(config: Any) -> dict[str, Any]:
+    return parse_kwargs(tuple(pair for pair in config.backbone_kwargs if pair != "auto"))
+
+
+def _resume(
+    config: Any,
+    schedule: Schedule,
+    data: dict[str, Any],
+    folder: Path,
+    byol: BYOL,
+    optimizer: torch.optim.Optimizer,
+) -> tuple[int, dict[str, Any]]:
+    """The step and the state to go on from; networks and optimizer are put back. Step 0 where nothing was saved."""
+    checkpoint = load_latest(folder)
+    if checkpoint is None:
+        return 0, {}
+    for reason in checkpoint.skipped:
+        logger.warning("a damaged checkpoint is passed over: %s", reason)
+    state, name = checkpoint.state, f"checkpoint {checkpoint.path.name}"
+    compare_config(state["config"], dataclasses.asdict(config), may_change=MAY_CHANGE, checkpoint=name)
+    if state["data"]["fingerprint"] != data["fingerprint"]:
+        raise ByolTimmError(
+            f"{name} was made of other images ({state['data']['images']:,} then, {data['images']:,} now). "
+            "Use another --output_dir"
+        )
+    if state["global_batch"] != schedule.global_batch:
+        raise ByolTimmError(
+            f"{name} was made with a global batch of {state['global_batch']}, this launch has {schedule.global_batch}. "
+            "Change --batch_size so that it times processes and accumulation gives the same"
+        )
+    byol.load_state_dict(checkpoint.tensors["byol"])
+    restore_optimizer(optimizer, checkpoint.tensors["optimizer"])
+    logger.info("resumed from %s", checkpoint.path)
+    return checkpoint.step, state
+
+
+def _open_batches(
+    config: Any,
+    schedule: Schedule,
+    images: Images,
+    cut: Callable[[Tensor, int], Tensor],
+    accelerator: Accelerator,
+    step: int,
+) -> TrainingBatches:
+    return TrainingBatches(
+        images,
+        batch_size=config.batch_size,
+        global_batch=schedule.global_batch,
+        rank=accelerator.process_index,
+        world=accelerator.num_processes,
+        seed=config.seed,
+        start_step=step,
+        cut=cut,
+        workers=config.workers,
+        memory_limit=int(config.memory_limit * 2**30),
+        on_bad_image=config.on_bad_image,
+    )
+
+
+def _read(stream: Iterator[Batch], count: int) -> tuple[list[Batch], ByolTimmError | None]:
+    """The next `count` batches, or what went wrong: other processes must hear of it before this one ends."""
+    try:
+        return [next(stream) for _ in range(count)], None
+    except ByolTimmError as error:
+        return [], error
+
+
+class _Prepare:
+    """Views of a batch of images, or of crops, on the device; the memory of the last ones is used again."""
+
+    def __init__(self, views: TwoViews, device: torch.device, channels_last: bool) -> None:
+        self.views, self.device = views, device
+        self.layout = torch.channels_last if channels_last else torch.contiguous_format
+        self.last: tuple[Tensor, Tensor] | None = None
+
+    def __call__(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        if batch.images is not None:
+            images = batch.images.to(self.device, non_blocking=True)
+            self.last = self.views(images, batch.ordinals, out=self.last)
+        else:
+            crops = batch.crops.to(self.device, non_blocking=True)
+            self.last = self.views.finish(crops, batch.ordinals, out=self.last)
+        view1, view2 = (view.contiguous(memory_format=self.layout) for view in self.last)
+        return view1, view2
+
+
+def _seed(seed: int, step: int, process: int) -> None:
+    """What is random in the online network (dropout, drop path) becomes a function of the step, as all else is."""
+    digest = hashlib.blake2b(f"{seed} {step} {process}".encode(), digest_size=8).digest()
+    torch.manual_seed(int.from_bytes(digest) >> 1)
+
+
+def _not_finite(
+    folder: Path, step: int, lr: float, figures: dict[str, Tensor], batches: list[Batch], accelerator: Accelerator
+) -> ByolTimmError:
+    """The error for a gradient that is not finite, with what is known about it in `debug/step-N.json`."""
+    loss, norm = figures["loss"].item(), figures["grad_norm"].item()
+    ordinals = gather_object([ordinal for batch in batches for ordinal in batch.ordinals.tolist()])
+    if accelerator.is_main_process:
+        facts = {"step": step, "lr": lr, "loss": loss, "grad_norm": norm, "ordinals": ordinals}
+        (folder / "debug").mkdir(exist_ok=True)
+        _write_json(folder / "debug" / f"step-{step}.json", {name: _number(value) for name, value in facts.items()})
+    return ByolTimmError(
+        f"loss or gradient is not finite at step {step} (loss {loss:g}, gradient norm {norm:g}, lr {lr:g}). Lower --lr "
+        f"and start anew; see {folder / 'debug' / f'step-{step}.json'}. Checkpoints hold the last good step"
+    )
+
+
+def _number(value: Any) -> Any:
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _save_example_views(images: Images, views: TwoViews, path: Path) -> None:
+    examples: list[Tensor] = []
+    for index in range(len(images)):
+        with contextlib.suppress(BadImage):
+            examples.append(images.decode(index * 7919 % len(images)))
+        if len(examples) == 8:
+            break
+    ordinals = torch.arange(len(examples))
+    crops = torch.stack([views.cut(image, ordinal) for ordinal, image in enumerate(examples)])
+    mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (views.mean, views.std))
+    view1, view2 = ((view * std + mean).clamp(0, 1) for view in views.finish(crops, ordinals))
+    save_views(examples, view1, view2, path)
+
+
+def _finish(
+    config: Any,
+    folder: Path,
+    encoder: nn.Module,
+    record: dict[str, Any],
+    held_out: HeldOut | None,
+    splits: Splits,
+    *,
+    mean: Sequence[float],
+    std: Sequence[float],
+) -> None:
+    """Write the encoder, results.json and the pictures, and say what came out."""
+    rows = read_metrics(folder / "metrics.jsonl")
+    trained = [row for row in rows if "loss" in row]
+    record["seconds"] = rows[-1]["seconds"]
+    record["health"] = {name: trained[-1][name] for name in (*HEALTH, "effective_rank")}
+    pictures, baselines = [folder / "curves.png"], {}
+    if held_out is not None:
+        accuracies = [row["knn"] for row in rows if "knn" in row]
+        baselines = {"raw pixels": held_out.knn_of_pixels(), "before training": accuracies[0]}
+        record["results"] = {
+            "knn_raw_pixels": 100 * baselines["raw pixels"],
+            "knn_random": 100 * baselines["before training"],
+            "knn_byol": 100 * accuracies[-1],
+            "k": NEIGHBOURS,
+            "protocol": held_out.protocol,
+        }
+        features = extract_features(encoder, held_out.queries, **held_out.settings)
+        pictures += [folder / "embedding.png"]
+        save_embedding(features, held_out.query_labels, splits.train.class_names, folder / "embedding.png")
+    save_curves(rows, folder / "curves.png", baselines=baselines)
+    save_encoder(
+        encoder,
+        folder / "encoder",
+        image_size=config.image_size,
+        mean=mean,
+        std=std,
+        crop_pct=crop_pct(config.image_size),
+        record=record,
+        pictures=pictures,
+    )
+    _write_json(folder / "results.json", redact(record))
+    for line in closing(config, folder, record):
+        logger.info(line)
+
+
+def _write_json(path: Path, values: Any) -> None:
+    path.write_text(json.dumps(values, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")

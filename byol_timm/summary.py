@@ -1,0 +1,138 @@
+"""What a run says at its beginning and at its end, and the machine it ran on."""
+
+import platform
+import shlex
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from .augment import omitted_operations
+from .byol import BYOL
+from .data import Splits
+from .defaults import has_batch_norm, resolve_augmentation
+from .encoder import encoder_width
+
+PACKAGES = ("byol_timm", "torch", "timm", "accelerate", "datasets", "huggingface_hub")
+
+
+def environment(accelerator: Accelerator) -> dict[str, Any]:
+    """The machine and the versions behind a run, as JSON."""
+    return {
+        "device": device_name(accelerator.device),
+        "processes": accelerator.num_processes,
+        "precision": precision(accelerator),
+        "accumulation": accelerator.gradient_accumulation_steps,
+        "threads": torch.get_num_threads(),
+        "platform": platform.platform(),
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
+    }
+
+
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def precision(accelerator: Accelerator) -> str:
+    return "float32" if accelerator.mixed_precision == "no" else accelerator.mixed_precision
+
+
+def banner(
+    config: Any, schedule: Any, splits: Splits, byol: BYOL, accelerator: Accelerator, folder: Path, frozen: list[str]
+) -> list[str]:
+    """Lines that say, before anything slow, what will be trained, from what, how, and where it goes."""
+    augmentation = resolve_augmentation(config)
+    processes = f"{accelerator.num_processes} process" + "es" * (accelerator.num_processes > 1)
+    threads = f" ({torch.get_num_threads()} threads)" if accelerator.device.type == "cpu" else ""
+    views = (
+        f"{config.augmentation}, crops of {augmentation.crop_scale[0]:g} to {augmentation.crop_scale[1]:g} of the area"
+    )
+    omitted = omitted_operations(augmentation, config.in_chans)
+    if omitted:
+        views += f"; without {', '.join(omitted)}, which need RGB"
+    batch = f"{schedule.global_batch} = {config.batch_size} x {processes}"
+    if accelerator.gradient_accumulation_steps > 1:
+        batch += f" x {accelerator.gradient_accumulation_steps} accumulated"
+    lines = [
+        ("device", f"{device_name(accelerator.device)}{threads}, {processes}, {precision(accelerator)}"),
+        ("images", f"{len(splits.train):,} of {splits.train.name}; {splits.note}"),
+        (
+            "encoder",
+            f"{config.backbone}, {_millions(byol.encoder)} parameters, width {encoder_width(byol.encoder)}, "
+            f"images {config.in_chans} x {config.image_size} x {config.image_size}",
+        ),
+        ("views", views),
+        (
+            "batch",
+            f"{batch}; {config.epochs} epochs of {schedule.steps_per_epoch} steps, {schedule.total_steps:,} steps",
+        ),
+        (
+            "optimizer",
+            f"{config.opt}, lr {schedule.peak_lr:g} ({config.lr:g} per 256 images), weight decay "
+            f"{config.weight_decay:g}, {schedule.warmup_steps} steps of warm-up; tau from {config.target_decay:g}",
+        ),
+    ]
+    if frozen:
+        lines.append(("frozen", ", ".join(frozen)))
+    if accelerator.num_processes > 1 and has_batch_norm(byol):
+        shared = (
+            "of all processes together"
+            if accelerator.device.type == "cuda"
+            else (
+                "of each process alone in training, since torch has no SyncBatchNorm for CPUs; averaged for evaluation"
+            )
+        )
+        lines.append(("BatchNorm", f"statistics {shared}"))
+    lines.append(("folder", str(folder)))
+    return [f"byol_timm {version('byol_timm')}", *(f"  {name:<10} {text}" for name, text in lines)]
+
+
+def closing(config: Any, folder: Path, record: dict[str, Any]) -> list[str]:
+    """Lines that say, at the end, what came out, where it lies and what to type next."""
+    minutes, seconds = divmod(round(record["seconds"]), 60)
+    lines = ["", f"{record['steps']:,} steps in {minutes} min {seconds} s"]
+    results = record.get("results")
+    if results:
+        start = "before BYOL" if config.pretrained or ":" in config.backbone else "at random initialisation"
+        rows = {
+            "raw pixels": results["knn_raw_pixels"],
+            f"{config.backbone} {start}": results["knn_random"],
+            f"{config.backbone} after BYOL": results["knn_byol"],
+        }
+        width = max(map(len, rows))
+        lines += [
+            "",
+            f"{results['k']}-NN accuracy",
+            *(f"  {name:<{width}}  {value:5.1f} %" for name, value in rows.items()),
+        ]
+        lines += [f"  ({results['protocol']})"]
+    else:
+        lines += ["no labels, so no kNN accuracy: see curves.png for the health of the features"]
+    files = {
+        "encoder/": f'timm.create_model("local-dir:{folder}/encoder", pretrained=True)',
+        "curves.png": "how training went",
+        "views.png": "what the networks saw",
+        "embedding.png": "the held-out images on a map",
+        "results.json": "all figures; metrics.jsonl, config.yaml and environment.json beside it",
+        "checkpoints/": "to continue with --resume",
+    }
+    lines += ["", f"in {folder}"]
+    lines += [
+        f"  {name:<14} {text}" for name, text in files.items() if (folder / name).exists() or name == "results.json"
+    ]
+    place = shlex.quote(str(folder))
+    lines += [
+        "",
+        "next",
+        f"  accelerate launch recipes/pretrain.py --backbone {config.backbone} --dataset path/to/images",
+        f"  python recipes/linear_probe.py --encoder local-dir:{place}/encoder --dataset {shlex.quote(config.dataset)}",
+        f"  python recipes/push_encoder.py {place} user/name",
+    ]
+    return lines
+
+
+def _millions(module: nn.Module) -> str:
+    return f"{sum(parameter.numel() for parameter in module.parameters()) / 1e6:.1f} M"
