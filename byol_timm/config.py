@@ -145,10 +145,12 @@ def parse(config_class: type[Config], argv: Sequence[str] | None = None) -> Conf
 
     argv = list(sys.argv[1:] if argv is None else argv)
     path, argv = _take_config(argv)
-    names = [field.name for field in dataclasses.fields(config_class)]  # type: ignore[arg-type]
+    fields = dataclasses.fields(config_class)  # type: ignore[arg-type]
+    names = [field.name for field in fields]
     _check_flags(argv, names)
     if path is not None:
-        argv = [*_file_arguments(path, names), *argv]
+        switches = {field.name for field in fields if field.type is bool}
+        argv = [*_file_arguments(path, names, switches), *argv]
     output = io.StringIO()
     try:
         with contextlib.redirect_stderr(output):
@@ -225,8 +227,11 @@ def _check_flags(argv: list[str], names: list[str]) -> None:
                 raise ByolTimmError(f"unknown flag {token.partition('=')[0]}. {nearest(flag, names)}")
 
 
-def _file_arguments(path: str, names: list[str]) -> list[str]:
-    """The settings of a YAML file as command-line arguments, so that both are read by one parser."""
+def _file_arguments(path: str, names: list[str], switches: set[str]) -> list[str]:
+    """The settings of a YAML file as command-line arguments, so that both are read by one parser.
+
+    switches: settings that are on or off and take no value on the command line.
+    """
     try:
         settings = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
@@ -241,7 +246,7 @@ def _file_arguments(path: str, names: list[str]) -> list[str]:
     for key, value in settings.items():
         if key not in names:
             raise ByolTimmError(f"unknown key {key!r} in {path}. {nearest(str(key), names)}")
-        if isinstance(value, bool):
+        if isinstance(value, bool) and key in switches:
             arguments.append(f"--{key}" if value else f"--no_{key}")
         elif isinstance(value, dict):
             arguments += [f"--{key}", *(f"{k}={v}" for k, v in value.items())]

@@ -1,0 +1,305 @@
+import copy
+import dataclasses
+import json
+import subprocess
+import sys
+
+import pytest
+import timm
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from sklearn.datasets import load_digits
+from torch import nn
+
+from byol_timm import BYOL, PretrainConfig, pretrain
+from byol_timm.checkpoint import load_latest
+from byol_timm.errors import ByolTimmError
+from byol_timm.metrics import read_metrics
+from byol_timm.pretraining import Schedule, train_step
+
+QUICK = PretrainConfig(
+    backbone="test_resnet", image_size=32, epochs=1, batch_size=256, hidden_dim=64, projection_dim=32, knn_every=1
+)
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerator():
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def quick(folder, **changes):
+    return dataclasses.replace(QUICK, output_dir=str(folder), **changes)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    return folder, pretrain(quick(folder))
+
+
+def weights(folder):
+    return (folder / "encoder" / "model.safetensors").read_bytes()
+
+
+def digits_folder(folder, count, labelled):
+    digits = load_digits()
+    for index in range(count):
+        place = folder / str(digits.target[index]) if labelled else folder / "deep" / "er"
+        place.mkdir(parents=True, exist_ok=True)
+        Image.fromarray((digits.images[index] * 255 / 16).astype("uint8")).save(place / f"{index}.png")
+    return folder
+
+
+# What a run leaves
+
+
+def test_a_run_leaves_everything_it_promises(run):
+    folder, _ = run
+    promised = "config.yaml environment.json metrics.jsonl curves.png views.png checkpoints encoder results.json"
+    assert {name for name in promised.split() if not (folder / name).exists()} == set()
+    assert {file.suffix for file in folder.rglob("*") if file.is_file()} <= {
+        "", ".yaml", ".json", ".jsonl", ".png", ".md", ".safetensors", ".html"
+    }  # fmt: skip
+    results = json.loads((folder / "results.json").read_text())["results"]
+    rows = read_metrics(folder / "metrics.jsonl")
+    assert results["knn_byol"] == 100 * rows[-1]["knn"]
+    assert results["knn_random"] == 100 * rows[0]["knn"]
+    assert 90 < results["knn_raw_pixels"] <= 100
+
+
+def test_plain_timm_loads_the_encoder_to_the_same_bits_without_byol_timm(run, tmp_path):
+    folder, encoder = run
+    images = torch.rand(4, 3, 32, 32)
+    save_file({"images": images}, tmp_path / "images.safetensors")
+    script = f"""
+import sys
+sys.modules["byol_timm"] = None
+import timm, torch
+from safetensors.torch import load_file, save_file
+encoder = timm.create_model("local-dir:{folder}/encoder", pretrained=True).eval()
+with torch.no_grad():
+    save_file({{"features": encoder(load_file("images.safetensors")["images"])}}, "features.safetensors")
+"""
+    subprocess.run([sys.executable, "-c", script], cwd=tmp_path, check=True)
+    with torch.no_grad():
+        expected = encoder.to(memory_format=torch.contiguous_format)(images)
+    assert torch.equal(load_file(tmp_path / "features.safetensors")["features"], expected)
+
+
+def test_the_online_encoder_is_shipped_and_its_target_has_followed(run):
+    folder, _ = run
+    state = load_latest(folder / "checkpoints").tensors["byol"]
+    shipped = load_file(folder / "encoder" / "model.safetensors")
+    assert all(torch.equal(state[f"encoder.{name}"], tensor) for name, tensor in shipped.items())
+    moved = [name for name in state if name.startswith("encoder.") and state[name].is_floating_point()]
+    assert any(not torch.equal(state[name], state[f"target_{name}"]) for name in moved)
+    torch.manual_seed(0)
+    initial = timm.create_model("test_resnet", num_classes=0).state_dict()
+    for name, parameter in timm.create_model("test_resnet", num_classes=0).named_parameters():
+        if parameter.ndim > 1:
+            assert not torch.equal(state[f"target_encoder.{name}"], initial[name])
+
+
+def test_learning_rate_and_target_decay_follow_the_paper(run):
+    folder, _ = run
+    rows = [row for row in read_metrics(folder / "metrics.jsonl") if "loss" in row]
+    schedule = Schedule(5, 5, warmup_steps=0, global_batch=256, peak_lr=0.4, base_target_decay=0.95)
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5]
+    assert [row["target_decay"] for row in rows] == [schedule.target_decay(step) for step in range(5)]
+    assert rows[0]["lr"] == 0.4
+
+
+def test_the_same_seed_gives_the_same_bits_and_another_seed_others(run, tmp_path):
+    folder, _ = run
+    pretrain(quick(tmp_path / "again"))
+    assert weights(tmp_path / "again") == weights(folder)
+    pretrain(quick(tmp_path / "other", seed=1))
+    assert weights(tmp_path / "other") != weights(folder)
+
+
+def test_resuming_a_finished_run_changes_nothing(run):
+    folder, _ = run
+    before, rows = weights(folder), read_metrics(folder / "metrics.jsonl")
+    pretrain(quick(folder, resume=True))
+    assert weights(folder) == before
+    assert read_metrics(folder / "metrics.jsonl") == rows
+
+
+def test_config_yaml_repeats_the_run(run, tmp_path):
+    from byol_timm.config import parse
+
+    folder, _ = run
+    config = parse(PretrainConfig, ["--config", str(folder / "config.yaml"), "--output_dir", str(tmp_path / "again")])
+    pretrain(config)
+    assert weights(tmp_path / "again") == weights(folder)
+
+
+def test_images_without_labels_train_and_say_so(tmp_path, caplog):
+    folder = digits_folder(tmp_path / "images", 40, labelled=False)
+    caplog.set_level("INFO")
+    pretrain(quick(tmp_path / "run", dataset=str(folder), batch_size=8, in_chans=1))
+    assert "no labels" in caplog.text
+    assert "results" not in json.loads((tmp_path / "run" / "results.json").read_text())
+    encoder = timm.create_model(f"local-dir:{tmp_path}/run/encoder", pretrained=True)
+    assert encoder(torch.rand(2, 1, 32, 32)).shape == (2, 96)
+
+
+def test_a_bad_image_is_replaced_and_named_at_the_end(tmp_path, caplog):
+    folder = digits_folder(tmp_path / "images", 64, labelled=True)
+    broken = folder / "3" / "3.png"
+    broken.write_bytes(broken.read_bytes()[:60])
+    pretrain(quick(tmp_path / "run", dataset=str(folder), batch_size=16, workers=0, memory_limit=0))
+    assert "1 images could not be read" in caplog.text
+    assert "3/3.png" in caplog.text
+    with pytest.raises(ByolTimmError, match=r"3/3\.png"):
+        pretrain(quick(tmp_path / "other", dataset=str(folder), batch_size=16, on_bad_image="error"))
+
+
+def test_frozen_parts_do_not_move(tmp_path):
+    pretrain(quick(tmp_path / "run", freeze=("stem",)))
+    torch.manual_seed(0)
+    initial = timm.create_model("test_resnet", num_classes=0).state_dict()
+    trained = load_file(tmp_path / "run" / "encoder" / "model.safetensors")
+    assert torch.equal(trained["conv1.0.weight"], initial["conv1.0.weight"])
+    assert not torch.equal(trained["layer1.0.conv1.weight"], initial["layer1.0.conv1.weight"])
+
+
+def test_a_transformer_trains_with_its_own_defaults(tmp_path):
+    pretrain(quick(tmp_path / "run", backbone="test_vit", dataset="digits"))
+    chosen = (tmp_path / "run" / "config.yaml").read_text()
+    assert "opt: adamw" in chosen and "num_head_layers: 3" in chosen and "- stem" in chosen
+
+
+def test_large_images_go_through_workers_to_the_same_weights_as_in_process(tmp_path):
+    folder = digits_folder(tmp_path / "images", 40, labelled=False)
+    settings = dict(dataset=str(folder), batch_size=8, memory_limit=0)
+    pretrain(quick(tmp_path / "none", workers=0, **settings))
+    pretrain(quick(tmp_path / "two", workers=2, **settings))
+    assert weights(tmp_path / "none") == weights(tmp_path / "two")
+
+
+def test_dry_run_trains_nothing_and_shows_the_views(tmp_path):
+    pretrain(quick(tmp_path / "run", dry_run=True))
+    assert [file.name for file in (tmp_path / "run").iterdir()] == ["views.png"]
+
+
+def test_a_collapsed_run_stops_where_asked(tmp_path):
+    (tmp_path / "images").mkdir()
+    for index in range(64):
+        Image.new("L", (8, 8), 128).save(tmp_path / "images" / f"{index}.png")
+    same = dict(dataset=str(tmp_path / "images"), batch_size=16, crop_scale=(1.0, 1.0), jitter=0.0, solarize=(0.0, 0.0))
+    with pytest.raises(ByolTimmError, match="collapsed by step 3: projection std"):
+        pretrain(quick(tmp_path / "run", backbone="test_vit", log_every=1, on_collapse="stop", **same))
+
+
+# Refused before anything is trained
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(batch_size=2000), r"2000"),
+        (dict(report_to=("tensorbord",)), "unknown tracker 'tensorbord'"),
+        (dict(report_to=("aim",)), "aim needs a package that is not installed"),
+        (dict(warmup_epochs=1.0), "--warmup_epochs 1"),
+        (dict(epochs=-1), r"--epochs must be positive \(-1\)"),
+        (dict(target_decay=1.2), r"--target_decay must lie between 0 and 1 \(1\.2\)"),
+        (dict(backbone="resnet_18"), "resnet18"),
+        (dict(freeze=("stm",)), "stm"),
+        (dict(dataset="no/such/folder"), "no/such/folder"),
+    ],
+)
+def test_what_cannot_be_done_is_refused_in_one_line(tmp_path, changes, message):
+    with pytest.raises(ByolTimmError, match=message) as caught:
+        pretrain(quick(tmp_path / "run", **changes))
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+@pytest.mark.parametrize(
+    "variables, message",
+    [
+        ({"ACCELERATE_USE_FSDP": "true"}, "FSDP"),
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, "DeepSpeed"),
+        ({"ACCELERATE_MIXED_PRECISION": "fp16"}, "fp16 needs a GPU"),
+        ({"ACCELERATE_MIXED_PRECISION": "fp8"}, "fp8"),
+    ],
+)
+@pytest.mark.skipif(torch.cuda.is_available(), reason="what a CPU refuses")
+def test_launches_that_cannot_train_are_refused(tmp_path, monkeypatch, variables, message):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ByolTimmError, match=message):
+        pretrain(quick(tmp_path / "run"))
+
+
+# One step
+
+
+class Plain(BYOL):
+    """BYOL with heads that have no BatchNorm, so that a batch may be cut anywhere."""
+
+    def __init__(self, encoder):
+        super().__init__(encoder, hidden_dim=16, projection_dim=8)
+        self.projector = nn.Linear(self.projector[0].in_features, 8)
+        self.predictor = nn.Linear(8, 8)
+        self.target_projector = copy.deepcopy(self.projector).requires_grad_(False)
+
+
+def step_of(accumulation, pairs, decay=0.9):
+    AcceleratorState._reset_state(reset_partial_state=True)
+    torch.manual_seed(0)
+    byol = Plain(timm.create_model("test_vit", num_classes=0, img_size=32))
+    optimizer = torch.optim.SGD([p for p in byol.parameters() if p.requires_grad], lr=0.1)
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=accumulation)
+    model, optimizer = accelerator.prepare(byol, optimizer)
+    before = {name: tensor.clone() for name, tensor in byol.state_dict().items()}
+    figures = train_step(accelerator, model, optimizer, pairs, target_decay=decay)
+    return byol, before, figures
+
+
+def test_a_backward_pass_per_view_gives_the_gradients_of_the_whole_loss():
+    view1, view2 = torch.rand(2, 8, 3, 32, 32)
+    byol, before, figures = step_of(1, [(view1, view2)])
+    whole = copy.deepcopy(byol)
+    whole.load_state_dict(before)
+    out = whole(view1, view2)
+    out["loss"].backward()
+    assert figures["loss"].item() == pytest.approx(out["loss"].item(), rel=1e-6)
+    assert figures["agreement"].item() == pytest.approx(out["agreement"].item(), rel=1e-5, abs=1e-6)
+    for (name, after), parameter in zip(byol.named_parameters(), whole.parameters(), strict=True):
+        if parameter.grad is not None:
+            expected = before[name] - 0.1 * parameter.grad
+            torch.testing.assert_close(after, expected, rtol=1e-5, atol=1e-7)
+
+
+def test_accumulation_is_one_step_with_one_target_update():
+    view1, view2 = torch.rand(2, 8, 3, 32, 32)
+    whole, before, figures = step_of(1, [(view1, view2)])
+    cut, _, cut_figures = step_of(2, [(view1[:4], view2[:4]), (view1[4:], view2[4:])])
+    assert cut_figures["loss"].item() == pytest.approx(figures["loss"].item(), rel=1e-6)
+    for (name, a), b in zip(whole.state_dict().items(), cut.state_dict().values(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+        if name.startswith("target_"):
+            online = cut.state_dict()[name.removeprefix("target_")]
+            torch.testing.assert_close(b, torch.lerp(before[name], online, 0.1), rtol=1e-5, atol=1e-7)
+
+
+def test_a_gradient_that_is_not_finite_leaves_the_weights_alone():
+    view1, view2 = torch.rand(2, 8, 3, 32, 32)
+    view1[3] = torch.nan
+    byol, before, figures = step_of(1, [(view1, view2)])
+    assert not figures["grad_norm"].isfinite()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in byol.state_dict().items())
+
+
+def test_the_target_is_in_no_optimizer_and_gets_no_gradient():
+    view1, view2 = torch.rand(2, 8, 3, 32, 32)
+    byol, _, _ = step_of(1, [(view1, view2)])
+    assert not any(p.requires_grad for name, p in byol.named_parameters() if name.startswith("target_"))
+    assert all(p.grad is None for name, p in byol.named_parameters() if name.startswith("target_"))
