@@ -16,7 +16,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, Literal, Protocol
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -38,13 +38,14 @@ Array = NDArray[Any]
 OnBadImage = Literal["skip", "error"]
 
 TRAIN, TEST_NAMES = "train", ("test", "validation", "valid", "val")
-HELD_OUT = 0.1
+HELD_OUT, DIGITS_HELD_OUT = 0.1, 0.2
 # Formats that are read, whatever the name of the file says: none of them runs a program, as PostScript would.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "DIB", "TIFF", "GIF", "PPM", "JPEG2000", "AVIF")
 EXTENSIONS = tuple(
     ".jpg .jpeg .jpe .jfif .png .webp .bmp .dib .tif .tiff .gif .ppm .pgm .pbm .pnm .jp2 .j2k .avif .npy".split()
 )
 TABLES = (".parquet", ".arrow")
+HUB_ID = r"(?!.*\.(parquet|arrow)$)[\w-][\w.-]*(/[\w-][\w.-]*)?"
 MAX_BAD = 0.05
 WORKER_TIMEOUT = 600.0
 # Fewer images than this are read faster than worker processes start.
@@ -149,20 +150,22 @@ def open_dataset(
     stacks and arrays have. Raises `ByolTimmError`.
     """
     path = Path(dataset).expanduser()
-    columns = {"image_column": image_column, "label_column": label_column}
+    files = _scan(path) if path.is_dir() and dataset != "digits" else None
     held_out = HELD_OUT
+    if dataset == "digits" or (files and not files.tables):
+        for flag, value in dict(dataset_config=config, image_column=image_column, label_column=label_column).items():
+            if value is not None:
+                raise ByolTimmError(f"--{flag} ({value}) is for tables and {dataset} is none. leave it out")
     if dataset == "digits":
-        _refuse(dataset, {"dataset_config": config} | columns)
-        parts, held_out = _digits(), 0.2
-    elif path.is_dir() and not _holds_tables(path):
-        _refuse(dataset, {"dataset_config": config} | columns)
-        parts = _folder_parts(path, split)
-    elif path.exists() and not (path.is_dir() or path.suffix in TABLES):
+        parts, held_out = _digits(), DIGITS_HELD_OUT
+    elif files and not files.tables:
+        parts = _folder(path, files, split)
+    elif path.is_file() and path.suffix not in TABLES:
         raise ByolTimmError(f"dataset {dataset} is a file. give a folder of images, or a .parquet or .arrow file")
-    elif not path.exists() and not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", dataset):
-        raise ByolTimmError(f"data folder {dataset} does not exist. check --dataset")
+    elif path.exists() or re.fullmatch(HUB_ID, dataset):
+        parts = _columns(_load_tables(dataset, path, config), dataset, image_column, label_column)
     else:
-        parts = _table_parts(_load_tables(dataset, path, config), dataset, **columns)
+        raise ByolTimmError(f"data folder {dataset} does not exist. check --dataset")
     return _choose(parts, dataset, split, in_chans, seed, held_out)
 
 
@@ -288,7 +291,7 @@ class TrainingBatches:
         with contextlib.closing(_stream(reader, self._ordinals(), self.workers, size)) as answers:
             for crops, ordinals, bad in answers:
                 seen += len(ordinals)
-                replaced += len(bad)
+                replaced += sum(ordinal % len(self.images) in bad for ordinal in ordinals.tolist())
                 self._note(bad, replaced, seen)
                 yield Batch(None, crops, ordinals)
 
@@ -334,7 +337,7 @@ class TrainingBatches:
                     pixels[indices] = decoded
                     good[list(bad)] = False
                     found |= bad
-                    self._note(bad, len(found), int(request[-1]) + 1)
+                    self._note(bad, len(found), n)
                     bar.update(len(request))
                     if progress is not None:
                         progress(int(request[-1]) + 1, n)
@@ -364,7 +367,7 @@ def evaluation_batches(
     """
     indices = np.arange(len(images)) if indices is None else np.asarray(indices, dtype=np.int64)
     requests = [indices[start : start + batch_size] for start in range(0, len(indices), batch_size)]
-    size = _probe(images, transform).numel() * batch_size
+    size = _probe(images.subset(indices), transform).numel() * batch_size
     bad: dict[int, str] = {}
     reader = _ImageReader(images, transform)
     processes = _worker_count(workers) if len(indices) > FEW_IMAGES else 0
@@ -375,8 +378,6 @@ def evaluation_batches(
                 yield pixels, good
     if bad:
         first = next(iter(bad.values()))
-        if len(bad) == len(indices):
-            raise ByolTimmError(f"none of {len(bad)} images of {images.name} can be read; the first: {first}")
         logger.warning("%d of %d images cannot be read and are left out; the first: %s", len(bad), len(indices), first)
 
 
@@ -388,10 +389,14 @@ def load_pixels(
     indices: Array | Sequence[int] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """All of `evaluation_batches` in memory: uint8 [M, C, height, width] and the int64 indices of those M images."""
-    pixels, good = zip(
-        *evaluation_batches(images, transform, batch_size=32, workers=workers, indices=indices), strict=True
-    )
-    return torch.cat(pixels), torch.cat(good)
+    indices = np.arange(len(images)) if indices is None else np.asarray(indices, dtype=np.int64)
+    shape = _probe(images.subset(indices), transform).shape
+    pixels, good = torch.empty(len(indices), *shape, dtype=torch.uint8), torch.empty(len(indices), dtype=torch.int64)
+    count = 0
+    for part, found in evaluation_batches(images, transform, batch_size=32, workers=workers, indices=indices):
+        pixels[count : count + len(found)], good[count : count + len(found)] = part, found
+        count += len(found)
+    return pixels[:count], good[:count]
 
 
 # Reading in processes
@@ -513,7 +518,8 @@ def _worker_count(workers: int | None) -> int:
     """As many as asked for, or one per core of this process, at most 8."""
     if workers is not None:
         return workers
-    return max(1, min(8, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+    return max(1, min(8, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
 
 
 def _spread(n: int, count: int) -> list[int]:
@@ -606,16 +612,15 @@ def _gray_16_bit(image: Image.Image) -> bool:
 
 
 def _pixels(image: Image.Image, channels: int) -> Array:
-    sixteen_bit = _gray_16_bit(image)
-    upright = ImageOps.exif_transpose(image)
-    if sixteen_bit:
-        upright = Image.fromarray(_from_16_bit(np.asarray(upright)))
-    elif upright.mode in ("I", "F"):
-        raise BadImage(f"32-bit values (mode {upright.mode}) of unknown range, not 8 or 16 bits")
-    if upright.has_transparency_data and channels != 4:
-        upright = upright.convert("RGBA")
-        upright = Image.alpha_composite(Image.new("RGBA", upright.size, "white"), upright)
-    pixels = np.array(upright.convert({1: "L", 3: "RGB", 4: "RGBA"}[channels]))
+    ImageOps.exif_transpose(image, in_place=True)
+    if _gray_16_bit(image):
+        image = Image.fromarray(_from_16_bit(np.asarray(image)))
+    elif image.mode in ("I", "F"):
+        raise BadImage(f"32-bit values (mode {image.mode}) of unknown range, not 8 or 16 bits")
+    if image.has_transparency_data and channels != 4:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    pixels = np.array(image.convert({1: "L", 3: "RGB", 4: "RGBA"}[channels]))
     return np.atleast_3d(pixels).transpose(2, 0, 1)
 
 
@@ -690,10 +695,10 @@ class _Files:
         return _printable(self.names[row])
 
     def identity(self, rows: Array) -> Iterable[bytes]:
-        for row in rows.tolist():
-            path = self.folder / self.names[row]
-            size = path.stat().st_size if path.exists() else -1
-            yield f"{size} {self.names[row]}\n".encode(errors="surrogateescape")
+        yield "\n".join(self.names[row] for row in rows.tolist()).encode(errors="surrogateescape")
+        for place in _spread(len(rows), 1000):
+            with contextlib.suppress(OSError):
+                yield f" {os.path.getsize(self.folder / self.names[rows[place]])}".encode()
 
     def _open(self, row: int) -> BinaryIO:
         try:
@@ -706,7 +711,11 @@ class _Rows:
     """Images in a column of a table: encoded files (bytes, or the paths of files) or arrays."""
 
     def __init__(self, table: "datasets.Dataset", column: str, split: str) -> None:
-        self.table, self.column, self.split = table.select_columns([column]), column, split
+        import datasets
+
+        self.column, self.split = column, split
+        self.arrays = isinstance(table.features[column], (datasets.Array2D, datasets.Array3D))
+        self.table = table.select_columns([column]).with_format("numpy" if self.arrays else "arrow")
         self._cells: pyarrow.ChunkedArray | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -715,50 +724,40 @@ class _Rows:
 
     def read(self, row: int, channels: int) -> Array:
         cell = self._cell(row)
-        if isinstance(cell, np.ndarray):
-            return from_array(cell, channels)
-        with cell as file:
-            return decode(file, channels)
+        return decode(io.BytesIO(cell), channels) if isinstance(cell, bytes) else from_array(cell, channels)
 
     def side(self, row: int) -> int:
         cell = self._cell(row)
-        if isinstance(cell, np.ndarray):
-            return max(cell.shape)
-        with cell as file:
-            return _longer_side(file)
+        return _longer_side(io.BytesIO(cell)) if isinstance(cell, bytes) else max(cell.shape)
 
     def describe(self, row: int) -> str:
         return f"row {row} of {self.split}"
 
     def identity(self, rows: Array) -> Iterable[bytes]:
-        for row in _spread(len(rows), 256):
-            try:
-                cell = self._cell(int(rows[row]))
-            except BadImage:
-                continue
-            if isinstance(cell, np.ndarray):
-                yield cell.tobytes()
-            else:
-                with cell as file:
-                    yield file.read()
+        for place in _spread(len(rows), 200):
+            with contextlib.suppress(BadImage):
+                cell = self._cell(int(rows[place]))
+                yield cell if isinstance(cell, bytes) else cell.tobytes()
 
-    def _cell(self, row: int) -> "BinaryIO | Array":
-        import datasets
-
-        if isinstance(self.table.features[self.column], (datasets.Array2D, datasets.Array3D)):
-            return self.table.with_format("numpy")[row][self.column]
-        if self._cells is None:
-            self._cells = self.table.with_format("arrow")[:].column(self.column)
-        cell = self._cells[row].as_py()
-        content, path = (cell.get("bytes"), cell.get("path")) if isinstance(cell, dict) else (cell, None)
-        if content is not None:
-            return io.BytesIO(content)
-        if path is None:
+    def _cell(self, row: int) -> bytes | Array:
+        if self.arrays:
+            cell = self.table[row][self.column]
+        else:
+            if self._cells is None:
+                self._cells = self.table[:].column(self.column)
+            cell = self._cells[row].as_py()
+            if isinstance(cell, dict):
+                cell = _file_content(cell["path"]) if cell["bytes"] is None and cell["path"] else cell["bytes"]
+        if cell is None:
             raise BadImage("the cell is empty")
-        try:
-            return open(path, "rb")
-        except OSError as error:
-            raise BadImage(f"{_printable(path)}: {error.strerror}") from error
+        return cell
+
+
+def _file_content(path: str) -> bytes:
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise BadImage(f"{_printable(path)}: {error.strerror}") from error
 
 
 @dataclass(frozen=True)
@@ -780,20 +779,21 @@ def _choose(parts: dict[str, _Part], name: str, split: str | None, channels: int
         raise ByolTimmError(f"dataset {name} has no split {train_name}. choose one with --split: {', '.join(parts)}")
     train = _images(parts[train_name], name, channels, parts[train_name].class_names)
     if not len(train):
-        raise ByolTimmError(f"split {train_name} of {name} has no rows")
-    source = f"{len(train):,} images of {name}, {train_name}"
+        raise ByolTimmError(f"dataset {name} has no rows in split {train_name}. check --dataset and --split")
+    source = f"{len(train):,} images of {name}" + (f", split {train_name}" if len(parts) > 1 else "")
     if train.labels is None:
-        return Splits(train, None, f"{source}; without labels, so no evaluation")
+        return Splits(train, None, f"{source}, unlabelled: no evaluation")
+    source += f", {len(train.class_names)} classes"
     for test_name in TEST_NAMES:
-        if test_name in parts and test_name != train_name and parts[test_name].classes is not None:
+        if test_name in parts and test_name != train_name:
             test = _images(parts[test_name], name, channels, train.class_names)
-            if test.labels is not None and (test.labels >= 0).any():
-                return Splits(train, test, f"{source}; evaluated on its split {test_name} ({len(test):,} images)")
+            if test.labels is not None:
+                return Splits(train, test, f"{source}; evaluation on split {test_name} ({len(test):,} images)")
     test_rows = _hold_out(train.labels, held_out, seed)
     if not len(test_rows):
-        return Splits(train, None, f"{source}; too few labels to hold any out for evaluation")
+        return Splits(train, None, f"{source}; no class has two images: no evaluation")
     kept = np.setdiff1d(np.arange(len(train)), test_rows)
-    note = f"{source}; {len(test_rows):,} of them ({held_out:.0%} of every class) held out for evaluation"
+    note = f"{source}; {len(test_rows):,} of them, {held_out:.0%} of every class, held out for evaluation"
     return Splits(train.subset(kept), train.subset(test_rows), note)
 
 
@@ -818,12 +818,6 @@ def _hold_out(labels: Array, share: float, seed: int) -> Array:
     return np.sort(np.concatenate(chosen))
 
 
-def _refuse(dataset: str, settings: dict[str, str | None]) -> None:
-    for name, value in settings.items():
-        if value is not None:
-            raise ByolTimmError(f"--{name} ({value}) does not apply to {dataset}, which is not a table. leave it out")
-
-
 def _digits() -> dict[str, _Part]:
     from sklearn.datasets import load_digits
 
@@ -836,64 +830,74 @@ def _digits() -> dict[str, _Part]:
 # Folders
 
 
-def _folder_parts(folder: Path, split: str | None) -> dict[str, _Part]:
-    with os.scandir(folder) as entries:
-        folders = sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
-    splits = [name for name in (TRAIN, *TEST_NAMES) if name in folders]
-    if split in folders:
-        splits = [split, *(name for name in splits if name != split)]
-    elif TRAIN not in folders or (
-        len(splits) == 1 and any(_find(folder / name)[0] for name in folders if name != TRAIN)
-    ):
-        splits = []
-    if splits:
-        return {name: _folder_part(folder / name) for name in splits}
-    return {TRAIN: _folder_part(folder)}
+class _Listing(NamedTuple):
+    """Files below a folder: image files by their paths, in natural order, and the number of others by suffix."""
+
+    images: list[str]
+    others: Counter[str]
+
+    @property
+    def tables(self) -> int:
+        return sum(self.others[suffix] for suffix in TABLES)
 
 
-def _folder_part(folder: Path) -> _Part:
-    names, others = _find(folder)
+def _folder(folder: Path, files: _Listing, split: str | None) -> dict[str, _Part]:
+    """The splits of a folder of images; one if its folders are not named as splits are."""
+    names = files.images
     if not names:
-        looked_for = " ".join(EXTENSIONS)
-        found = ", ".join(f"{count} {suffix}" for suffix, count in others.most_common(3)) or "no file"
-        raise ByolTimmError(f"no images found in {folder} (looked for {looked_for}; found {found})")
-    source = _Files(folder, tuple(names))
-    classes = [name.partition("/")[0] if "/" in name else None for name in names]
+        found = ", ".join(f"{count} {suffix}" for suffix, count in files.others.most_common(3)) or "no file"
+        raise ByolTimmError(f"no images found in {folder} (looked for {' '.join(EXTENSIONS)}; found {found})")
+    inside: dict[str, list[str]] = {}
+    for name in names:
+        inside.setdefault(name.partition("/")[0] if "/" in name else "", []).append(name)
+    splits = [name for name in (TRAIN, *TEST_NAMES) if name in inside]
+    if split in inside:
+        return {name: _labelled_by_folder(folder, inside[name], 1) for name in dict.fromkeys([split, *splits])}
+    # Next to other folders and without a split to test on, `train` is a class.
+    if TRAIN in splits and (len(splits) > 1 or len(inside) == 1):
+        return {name: _labelled_by_folder(folder, inside[name], 1) for name in splits}
+    return {TRAIN: _labelled_by_folder(folder, names, 0)}
+
+
+def _labelled_by_folder(folder: Path, names: list[str], depth: int) -> _Part:
+    """Images whose class is the folder at that depth of their path, if all lie in one and there are several."""
+    classes = [parts[depth] if len(parts := name.split("/")) > depth + 1 else None for name in names]
     class_names = tuple(dict.fromkeys(label for label in classes if label is not None))
+    source = _Files(folder, tuple(names))
     if None in classes or len(class_names) < 2:
         return _Part(source, len(names), None)
     return _Part(source, len(names), classes, class_names)
 
 
-def _find(folder: Path) -> tuple[list[str], Counter[str]]:
-    """Paths of the image files below a folder, in natural order, and how many other files there are of which kind."""
+def _scan(folder: Path) -> _Listing:
     names: list[str] = []
     others: Counter[str] = Counter()
     walk = [(str(folder), "", frozenset[tuple[int, int]]())]
     while walk:
         path, prefix, above = walk.pop()
-        status = os.stat(path)
+        try:
+            status = os.stat(path)
+            with os.scandir(path) as listing:
+                entries = [(entry, entry.is_dir()) for entry in listing if not entry.name.startswith(".")]
+        except OSError as error:
+            raise ByolTimmError(f"folder {_printable(path)} cannot be read ({error.strerror})") from error
         if (status.st_dev, status.st_ino) in above:
             continue
-        above |= {(status.st_dev, status.st_ino)}
-        with os.scandir(path) as entries:
-            for entry in entries:
-                if entry.name.startswith("."):
-                    continue
-                suffix = os.path.splitext(entry.name)[1].lower()
-                if entry.is_dir():
-                    walk.append((entry.path, f"{prefix}{entry.name}/", above))
-                elif suffix in EXTENSIONS:
-                    names.append(prefix + entry.name)
-                else:
-                    others[suffix or "without extension"] += 1
-    return sorted(names, key=_natural), others
+        for entry, is_folder in entries:
+            suffix = os.path.splitext(entry.name)[1].lower()
+            if is_folder:
+                walk.append((entry.path, f"{prefix}{entry.name}/", above | {(status.st_dev, status.st_ino)}))
+            elif suffix in EXTENSIONS:
+                names.append(prefix + entry.name)
+            else:
+                others[suffix or "without extension"] += 1
+    return _Listing(sorted(names, key=_natural), others)
 
 
 def _natural(name: str) -> tuple[Any, ...]:
     """Numbers in names by value: a sort key that does not depend on the machine."""
     pieces = re.split(r"([0-9]+)", name)
-    return *(int(piece) if place % 2 else piece for place, piece in enumerate(pieces)), name
+    return tuple(int(piece) if place % 2 else piece for place, piece in enumerate(pieces)), name
 
 
 def _printable(name: str) -> str:
@@ -903,63 +907,88 @@ def _printable(name: str) -> str:
 # Tables
 
 
-def _holds_tables(folder: Path) -> bool:
-    return any(path.suffix in TABLES for pattern in ("*", "*/*") for path in folder.glob(pattern))
-
-
 def _load_tables(dataset: str, path: Path, config: str | None) -> "dict[str, datasets.Dataset]":
+    """The splits of parquet or arrow files, of what `save_to_disk` wrote, or of a data set on the Hub."""
     import datasets
 
-    bars = not datasets.are_progress_bars_disabled()
-    if not sys.stderr.isatty():
-        datasets.disable_progress_bars()
+    saved = any((path / name).exists() for name in ("state.json", "dataset_dict.json"))
+    if config is not None and (saved or path.is_file()):
+        raise ByolTimmError(
+            f"--dataset_config ({config}) is for data sets with several and {dataset} is one. leave it out"
+        )
     try:
-        if path.is_file():
-            _refuse(dataset, {"dataset_config": config})
-            loaded = datasets.load_dataset(path.suffix[1:], data_files=str(path))
-        elif (path / "state.json").exists() or (path / "dataset_dict.json").exists():
-            _refuse(dataset, {"dataset_config": config})
-            loaded = datasets.load_from_disk(str(path))
-        else:
-            loaded = datasets.load_dataset(str(path) if path.exists() else dataset, config)
-    except ByolTimmError:
-        raise
+        with _quiet(datasets):
+            if saved:
+                loaded = datasets.load_from_disk(str(path))
+            elif path.suffix in TABLES and not path.is_dir():
+                loaded = datasets.load_dataset(path.suffix[1:], data_files=str(path))
+            else:
+                loaded = datasets.load_dataset(str(path) if path.is_dir() else dataset, config)
     except Exception as error:
-        # What `datasets` raises is of many kinds: no network, no such dataset, no such configuration, broken files.
+        # Of many kinds: no network, no such data set, no such configuration, broken files, a full disk.
         reason = " ".join(str(error).split()) or type(error).__name__
-        where = "" if path.exists() else " is neither a folder here nor loads from the Hub"
-        raise ByolTimmError(f"dataset {dataset}{where or ' cannot be loaded'} ({reason})") from error
-    finally:
-        if bars:
-            datasets.enable_progress_bars()
+        what = "cannot be loaded" if path.exists() else "is no folder here and cannot be loaded from the Hub"
+        raise ByolTimmError(f"dataset {dataset} {what} ({reason}). check --dataset and --dataset_config") from error
     return dict(loaded) if isinstance(loaded, dict) else {TRAIN: loaded}
 
 
-def _table_parts(
-    tables: "dict[str, datasets.Dataset]", name: str, *, image_column: str | None, label_column: str | None
+@contextlib.contextmanager
+def _quiet(datasets: Any) -> Iterator[None]:
+    """No progress bars where nobody sees them move, and no log of every attempt to reach the Hub."""
+    hub, bars = logging.getLogger("huggingface_hub"), not datasets.are_progress_bars_disabled()
+    level = hub.level
+    hub.setLevel(logging.ERROR)
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        hub.setLevel(level)
+        if bars:
+            datasets.enable_progress_bars()
+
+
+def _columns(
+    tables: "dict[str, datasets.Dataset]", name: str, image_column: str | None, label_column: str | None
 ) -> dict[str, _Part]:
+    """The images and classes of every split of a table, from the columns named or the only ones of their types."""
     import datasets
 
     features = next(iter(tables.values())).features
-    arrays = (datasets.Array2D, datasets.Array3D)
     for flag, column in (("image_column", image_column), ("label_column", label_column)):
         if column is not None and column not in features:
             raise ByolTimmError(f"no column {column} in {name}; columns: {', '.join(features)}. check --{flag}")
     if image_column is None:
-        candidates = [c for c, kind in features.items() if isinstance(kind, datasets.Image)]
-        candidates = candidates or [c for c, kind in features.items() if isinstance(kind, arrays)]
-        if len(candidates) != 1:
-            what = "several image columns" if candidates else "no image column"
-            columns = ", ".join(candidates or features)
-            raise ByolTimmError(f"{what} in {name}; columns: {columns}. Pass --image_column")
-        image_column = candidates[0]
+        found = [column for column, kind in features.items() if isinstance(kind, datasets.Image)]
+        found = found or [column for column, kind in features.items() if _holds_images(kind)]
+        if len(found) != 1:
+            what = "several image columns" if found else "no image column"
+            raise ByolTimmError(
+                f"{what} in {name}; columns: {', '.join(found or features)}. choose with --image_column"
+            )
+        image_column = found[0]
+    elif not _holds_images(features[image_column]):
+        raise ByolTimmError(f"column {image_column} of {name} holds no images. choose another with --image_column")
     if label_column is None:
-        candidates = [c for c, kind in features.items() if isinstance(kind, datasets.ClassLabel)]
-        label_column = candidates[0] if len(candidates) == 1 else None
+        found = [column for column, kind in features.items() if isinstance(kind, datasets.ClassLabel)]
+        label_column = found[0] if len(found) == 1 else None
+        if len(found) > 1:
+            logger.warning("several label columns, none is used; choose with --label_column: %s", ", ".join(found))
     return {
         split: _Part(_Rows(table, image_column, split), len(table), *_classes(table, label_column))
         for split, table in tables.items()
     }
+
+
+def _holds_images(kind: Any) -> bool:
+    """Whether cells of that type can be images: files as bytes, alone or with a path, or arrays."""
+    import datasets
+
+    if isinstance(kind, (datasets.Image, datasets.Array2D, datasets.Array3D)):
+        return True
+    if isinstance(kind, dict):
+        return {"bytes", "path"} <= kind.keys()
+    return isinstance(kind, datasets.Value) and kind.dtype in ("binary", "large_binary")
 
 
 def _classes(table: "datasets.Dataset", column: str | None) -> tuple[list[str | None] | None, tuple[str, ...]]:
