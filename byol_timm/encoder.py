@@ -1,15 +1,22 @@
-"""Encoders: any timm backbone without its classifier, checked for the images it will see."""
+"""Encoders: any timm backbone without its classifier, fitted to the images it will see."""
 
 import ast
 import difflib
 import inspect
 import logging
+import math
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import timm
 import torch
+from timm.layers import PatchEmbed
 from timm.models import resolve_model_input_args
-from torch import nn
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from .errors import ByolTimmError
 
@@ -17,6 +24,35 @@ logger = logging.getLogger(__name__)
 
 # What plain timm can reload and what keeps some spatial structure of small images, in the order of preference.
 SMALL_IMAGE_KWARGS: tuple[dict[str, int], ...] = ({"output_stride": 8}, {"patch_size": 4}, {"patch_size": 2})
+# A final map of so few places has lost the layout of the image.
+FEW_PLACES = 4
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A backbone that takes images of one size, as found by a forward pass on the meta device: without any weights."""
+
+    arguments: dict[str, Any]
+    """What `timm.create_model` takes to build it."""
+    encoder: Any
+    """The network on the meta device, in training mode."""
+    input_size: tuple[int, int, int]
+    """Channels, height and width of the images."""
+
+    @property
+    def reduction(self) -> int:
+        """Pixels on a side of the image for one place of the final map, by timm's own account."""
+        return self.encoder.feature_info[-1]["reduction"]
+
+    @property
+    def map_size(self) -> tuple[int, int]:
+        """Height and width of the final map or grid of patch tokens; off by one where a side is cut or padded."""
+        _, height, width = self.input_size
+        facts = self.encoder.pretrained_cfg
+        if facts["fixed_input_size"] and "img_size" not in self.arguments:
+            # The network rescales images to its own size.
+            _, height, width = facts["input_size"]
+        return max(1, round(height / self.reduction)), max(1, round(width / self.reduction))
 
 
 def create_encoder(
@@ -34,38 +70,83 @@ def create_encoder(
     backbone: a timm name, with a pretrained tag or without, or `hf-hub:user/name`, or `local-dir:folder`; the last two
         bring their weights along.
     image_size: the square size of the training images; None leaves the backbone's own.
-    auto_kwargs: for small images, add the argument that keeps at least a 2x2 map, where the backbone has one.
+    auto_kwargs: for small images, add the argument that keeps a larger final map, where the backbone has one.
     zero_init_last: timm starts the last norm of a residual block at 0; False starts it at 1 as the paper's networks,
         in the backbones that have the choice.
     backbone_kwargs: passed to the timm model, for example `output_stride=8`.
 
     Raises `ByolTimmError` for an unknown name, an unknown argument, and images that the backbone cannot take.
     """
-    if image_size is not None and image_size < 1:
-        raise ByolTimmError(f"image_size must be positive ({image_size})")
-    backbone_kwargs = {"num_classes": 0, "in_chans": in_chans, **backbone_kwargs}
-    arguments = _fitting_arguments(backbone, image_size, backbone_kwargs)
-    if image_size is not None and _map_cells(arguments, image_size) <= 4:
-        remedy = _small_image_remedy(backbone, image_size, backbone_kwargs)
-        if remedy and auto_kwargs:
-            arguments = remedy[1]
-        elif remedy:
-            key, value = next(iter(remedy[0].items()))
-            logger.warning(
-                f"{backbone} leaves at most a 2x2 map of {image_size}x{image_size} images; "
-                f"--backbone_kwargs {key}={value} keeps more, or use larger images"
-            )
-    accepted = inspect.signature(type(_build_on_meta(arguments)).__init__).parameters
-    if not zero_init_last and "zero_init_last" in accepted:
-        arguments["zero_init_last"] = False
+    if auto_kwargs and image_size is not None:
+        backbone_kwargs |= small_image_kwargs(backbone, image_size=image_size, in_chans=in_chans, **backbone_kwargs)
+    fit = fit_backbone(backbone, image_size=image_size, in_chans=in_chans, **backbone_kwargs)
+    if image_size is not None:
+        _warn_of_lost_structure(backbone, fit, image_size, backbone_kwargs)
+    arguments = fit.arguments
+    if not zero_init_last:
+        if "zero_init_last" in inspect.signature(type(fit.encoder).__init__).parameters:
+            arguments = {**arguments, "zero_init_last": False}
+        else:
+            logger.warning(f"{backbone} has no choice of the residual init; it starts as timm has it")
     from_source = ":" in backbone
     try:
         encoder: Any = timm.create_model(pretrained=pretrained or from_source, **arguments)
     except (RuntimeError, OSError, ValueError) as error:
         raise ByolTimmError(f"{backbone!r} could not be loaded ({_one_line(error)})") from error
     if image_size is not None:
-        encoder.pretrained_cfg = {**encoder.pretrained_cfg, "input_size": (in_chans, image_size, image_size)}
+        encoder.pretrained_cfg = {**encoder.pretrained_cfg, "input_size": fit.input_size}
     return encoder
+
+
+def fit_backbone(backbone: str, *, image_size: int | None = None, in_chans: int = 3, **backbone_kwargs: Any) -> Fit:
+    """The backbone with what it needs to take such images; parameters and errors as those of `create_encoder`."""
+    for name, value in (("image_size", image_size), ("in_chans", in_chans)):
+        if value is not None and value < 1:
+            raise ByolTimmError(f"{name} must be positive ({value})")
+    for name in ("num_classes", "features_only", "checkpoint_path"):
+        if name in backbone_kwargs:
+            raise ByolTimmError(f"{name} is no argument of an encoder ({backbone_kwargs[name]!r}). Leave it out")
+    try:
+        return _fit(backbone, image_size, in_chans, backbone_kwargs)
+    except _DoesNotRun as error:
+        advice = _advice(backbone, image_size, in_chans, backbone_kwargs)
+        raise ByolTimmError(f"{error}. {advice}") from error.__cause__
+
+
+def small_image_kwargs(backbone: str, *, image_size: int, in_chans: int = 3, **backbone_kwargs: Any) -> dict[str, int]:
+    """The argument that keeps more of the layout of small images, `{"output_stride": 8}`; empty if none is needed.
+
+    Plain timm takes it too, so the encoder loads anywhere. Empty as well where the backbone has none that helps.
+    """
+    best: dict[str, int] = {}
+    places = _places(backbone, image_size, in_chans, backbone_kwargs)
+    for extra in SMALL_IMAGE_KWARGS:
+        if places <= FEW_PLACES and not extra.keys() & backbone_kwargs.keys():
+            more = _places(backbone, image_size, in_chans, {**backbone_kwargs, **extra})
+            if more > places:
+                best, places = extra, more
+    return best
+
+
+def smallest_image_size(backbone: str, *, above: int = 0, in_chans: int = 3, **backbone_kwargs: Any) -> int | None:
+    """The smallest side of square images above `above` that the backbone takes, or None.
+
+    Searched among the multiples of its reduction up to its own size, or the next one beyond `above`.
+    """
+    try:
+        native = _fit(backbone, None, in_chans, backbone_kwargs)
+    except ByolTimmError:
+        return None
+    own, step = max(native.input_size[1:]), native.reduction
+    first = (above // step + 1) * step
+    sides = {side for side in (*range(first, own + 1, step), first, own) if side > above}
+    for side in sorted(sides):
+        try:
+            _fit(backbone, side, in_chans, backbone_kwargs)
+        except ByolTimmError:
+            continue
+        return side
+    return None
 
 
 def encoder_width(encoder: nn.Module) -> int:
@@ -76,13 +157,50 @@ def encoder_width(encoder: nn.Module) -> int:
     return width
 
 
+def freeze_parts(encoder: nn.Module, parts: tuple[str, ...]) -> list[str]:
+    """Names of the parameters that are no longer trained: those of `parts`, such as `layer1`, `blocks.0` or `stem`.
+
+    parts: names of modules or parameters; `stem` is, where no module has that name, the block around the convolution
+        that timm says to see the pixels. Call it before `BYOL(encoder)`.
+
+    Raises `ByolTimmError` for a part that the encoder has not, and when nothing is left to train.
+    """
+    frozen = []
+    for part in parts:
+        names = _parameters_of(encoder, part)
+        if not names and part == "stem":
+            names = [name for module in _stem(encoder) for name in _parameters_of(encoder, module)]
+        if not names:
+            known = [name for name, _ in encoder.named_children() if _parameters_of(encoder, name)]
+            raise ByolTimmError(f"the encoder has no part {part!r} to freeze. It has: {', '.join(known)}")
+        frozen += names
+    for name in frozen:
+        encoder.get_parameter(name).requires_grad_(False)
+    if not any(parameter.requires_grad for parameter in encoder.parameters()):
+        raise ByolTimmError(f"nothing is left to train ({', '.join(parts)} are frozen). Freeze less")
+    return list(dict.fromkeys(frozen))
+
+
+def enable_grad_checkpointing(encoder: Any) -> None:
+    """Let the encoder recompute activations in the backward pass; `ByolTimmError` where timm's network cannot."""
+    try:
+        encoder.set_grad_checkpointing(True)
+    except AssertionError as error:
+        raise ByolTimmError(
+            f"{type(encoder).__name__} cannot recompute activations. Omit --grad_checkpointing, or use a smaller batch"
+        ) from error
+
+
 def parse_kwargs(pairs: tuple[str, ...]) -> dict[str, Any]:
     """`("output_stride=8", "global_pool=max")` as `{"output_stride": 8, "global_pool": "max"}`, timm's own rule."""
+    flags = inspect.signature(create_encoder).parameters.keys() - {"backbone_kwargs"}
     kwargs: dict[str, Any] = {}
     for pair in pairs:
         key, separator, value = pair.partition("=")
         if not separator or not key:
             raise ByolTimmError(f"--backbone_kwargs takes key=value pairs ({pair!r})")
+        if key in flags:
+            raise ByolTimmError(f"--backbone_kwargs does not take {key!r}, which is a setting of its own (--{key})")
         try:
             kwargs[key] = ast.literal_eval(value)
         except (ValueError, SyntaxError):
@@ -91,27 +209,64 @@ def parse_kwargs(pairs: tuple[str, ...]) -> dict[str, Any]:
 
 
 def closest_backbones(name: str, count: int = 3) -> list[str]:
-    """The timm names nearest to a mistyped one: `vit-tiny` finds `vit_tiny_patch16_224`."""
-    names = timm.list_models()
-    base = name.split(".")[0].lower()
-    plain = "".join(c for c in base if c.isalnum())
-    starting = sorted((n for n in names if plain and n.replace("_", "").startswith(plain)), key=len)
-    near = difflib.get_close_matches(base, names, n=count, cutoff=0.5)
-    return list(dict.fromkeys(starting + near))[:count]
+    """The timm names nearest to a mistyped one: `vit-tiny` and `ViT_Ti_16` find `vit_tiny_patch16_224`."""
+    typed = name.split(".")[0].lower()
+    plain = _letters_and_digits(typed)
+    names = sorted(timm.list_models(), key=len)
+    beginning = [n for n in names if _letters_and_digits(n).startswith(plain)]
+    containing = [n for n in names if plain in _letters_and_digits(n)]
+    # Some letters left out: resnt18, vit_b_16.
+    gaps = re.compile(".*".join(plain))
+    abbreviated = [n for n in names if gaps.match(_letters_and_digits(n))]
+    misspelt = difflib.get_close_matches(typed, names, n=count, cutoff=0.5)
+    return list(dict.fromkeys(beginning + containing + abbreviated + misspelt))[:count] if plain else []
 
 
-def _fitting_arguments(backbone: str, image_size: int | None, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """What `timm.create_model` needs for these images, shown to run by a forward pass on the meta device."""
-    arguments = _resolve(backbone, image_size, kwargs)
-    failure = _probe(backbone, arguments, image_size)
-    if failure is not None and "img_size" in arguments and "img_size" not in kwargs:
+class _DoesNotRun(ByolTimmError):
+    """The backbone exists and takes the arguments, but not such images."""
+
+
+class _ShapesOnly(TorchFunctionMode):
+    """Leaves out what changes values but no shape: meta tensors have no values, and these are most of the time."""
+
+    SKIPPED = frozenset(
+        [
+            *(nn.init.uniform_, nn.init.normal_, nn.init.constant_, nn.init.kaiming_uniform_),
+            *(Tensor.uniform_, Tensor.normal_, Tensor.fill_, Tensor.zero_, Tensor.erfinv_),
+        ]
+    )
+
+    def __torch_function__(self, function: Callable, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if function in self.SKIPPED:
+            return args[0] if args else kwargs["tensor"]
+        if function is nn.functional.batch_norm:
+            return torch.empty_like(args[0])
+        return function(*args, **kwargs)
+
+
+def _fit(backbone: str, image_size: int | None, in_chans: int, backbone_kwargs: dict[str, Any]) -> Fit:
+    failure: ByolTimmError | None = None
+    for arguments in _ways_to_build(backbone, image_size, in_chans, backbone_kwargs):
+        try:
+            return _run(backbone, arguments, image_size)
+        except ByolTimmError as error:
+            failure = failure or error
+    assert failure is not None
+    raise failure
+
+
+def _ways_to_build(
+    backbone: str, image_size: int | None, in_chans: int, backbone_kwargs: dict[str, Any]
+) -> Iterator[dict[str, Any]]:
+    arguments = _resolve(backbone, image_size, {"num_classes": 0, "in_chans": in_chans, **backbone_kwargs})
+    yield arguments
+    if image_size is not None and "img_size" in arguments and "img_size" not in backbone_kwargs:
         # CrossViT rescales its input itself and breaks when it is told the size.
-        native = _resolve(backbone, None, kwargs)
-        if _probe(backbone, native, image_size) is None:
-            return native
-    if failure is not None:
-        raise failure
-    return arguments
+        yield {key: value for key, value in arguments.items() if key != "img_size"}
+    if "global_pool" not in backbone_kwargs:
+        # The encoders of language models return tokens, unless they are asked for their mean.
+        yield {**arguments, "global_pool": "avg"}
 
 
 def _resolve(backbone: str, image_size: int | None, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -120,83 +275,127 @@ def _resolve(backbone: str, image_size: int | None, kwargs: dict[str, Any]) -> d
         return resolve_model_input_args(backbone, requested, **kwargs)
     except RuntimeError as error:
         name, _, tag = backbone.partition(".")
+        if ":" in backbone:
+            raise ByolTimmError(f"timm {timm.__version__} has no such network ({backbone}). Update timm?") from error
         if tag and timm.is_model(name):
             tags = timm.list_pretrained(name)
             known = ", ".join(tags) if tags else "none"
             raise ByolTimmError(f"{name} has no pretrained tag {tag!r}. It has: {known}") from error
-        near = ", ".join(closest_backbones(backbone))
+        near = ", ".join(closest_backbones(backbone)) or "see timm.list_models()"
         raise ByolTimmError(f"timm has no backbone {backbone!r}. Nearest names: {near}") from error
-    except (ValueError, OSError, KeyError) as error:
+    except KeyError as error:
+        raise ByolTimmError(f"{backbone!r} is no timm model (its config.json has no {error})") from error
+    except (AssertionError, ValueError, OSError) as error:
         raise ByolTimmError(f"backbone {backbone!r} cannot be used ({_one_line(error)})") from error
 
 
-def _build_on_meta(arguments: dict[str, Any]) -> Any:
-    with torch.device("meta"):
-        return timm.create_model(**arguments)
-
-
-def _probe(backbone: str, arguments: dict[str, Any], image_size: int | None) -> ByolTimmError | None:
-    """The reason why this backbone cannot train on these images, or None; costs milliseconds and no memory."""
+def _run(backbone: str, arguments: dict[str, Any], image_size: int | None) -> Fit:
+    """Build the network on the meta device and send two images through it, in training mode."""
+    side = "" if image_size is None else f" for {image_size}x{image_size} images"
+    # timm's networks raise whatever their first line that does not fit happens to raise.
     try:
         encoder = _build_on_meta(arguments)
     except TypeError as error:
-        return ByolTimmError(f"{backbone} does not take these arguments ({_one_line(error)})")
-    except (AssertionError, RuntimeError, ValueError) as error:
-        size = "" if image_size is None else f" for {image_size}x{image_size} images"
-        return ByolTimmError(f"{backbone} cannot be built{size} ({_one_line(error)})")
-    shape = _input_shape(encoder, arguments, image_size)
-    try:
-        with torch.no_grad():
-            output = encoder(torch.empty(shape, device="meta"))
-    except (AssertionError, RuntimeError, ValueError, IndexError, ZeroDivisionError) as error:
-        channels, height, width = shape[1:]
-        return ByolTimmError(
-            f"{backbone} does not run on {height}x{width} images with {channels} channels ({_one_line(error)}). "
-            "Use a larger --image_size or another backbone"
-        )
-    if output.ndim != 2 or output.shape[1] != encoder_width(encoder):
-        name = backbone.removesuffix("_enc")
-        choose = f"choose {name!r}" if name != backbone and timm.is_model(name) else "choose another backbone"
-        return ByolTimmError(
-            f"{backbone} returns {tuple(output.shape[1:])} for an image, not one vector (it has no pooling); {choose}"
-        )
-    return None
-
-
-def _input_shape(encoder: Any, arguments: dict[str, Any], image_size: int | None) -> tuple[int, int, int, int]:
+        raise ByolTimmError(_unknown_argument(backbone, arguments["model_name"], error)) from error
+    except Exception as error:
+        raise _DoesNotRun(f"{backbone} cannot be built{side} ({_one_line(error)})") from error
     _, height, width = encoder.pretrained_cfg["input_size"]
     if image_size is not None:
         height = width = image_size
-    return 2, arguments["in_chans"], height, width
+    input_size = (arguments["in_chans"], height, width)
+    try:
+        with _ShapesOnly(), torch.no_grad():
+            output = encoder(torch.empty(2, *input_size, device="meta"))
+    except Exception as error:
+        raise _DoesNotRun(
+            f"{backbone} does not run on {height}x{width} images with {input_size[0]} channels ({_one_line(error)})"
+        ) from error
+    if not isinstance(output, Tensor) or output.shape != (2, encoder_width(encoder)):
+        what = tuple(output.shape[1:]) if isinstance(output, Tensor) else type(output).__name__
+        raise _DoesNotRun(f"{backbone} returns {what} for an image, not one vector")
+    return Fit(arguments, encoder, input_size)
 
 
-def _map_cells(arguments: dict[str, Any], image_size: int) -> float:
-    """The number of places in the final map, or of patch tokens; infinite where the backbone does not say."""
-    encoder = _build_on_meta(arguments)
-    with torch.no_grad():
-        features = encoder.forward_features(torch.empty(_input_shape(encoder, arguments, image_size), device="meta"))
-    if not isinstance(features, torch.Tensor):
-        return float("inf")
-    if features.ndim == 3:
-        return features.shape[1] - getattr(encoder, "num_prefix_tokens", 0)
-    if features.ndim == 4:
-        channels = encoder.num_features
-        return features[0].numel() / (channels if channels in features.shape[1:] else features.shape[1])
-    return float("inf")
+def _build_on_meta(arguments: dict[str, Any]) -> Any:
+    with _ShapesOnly(), torch.device("meta"):
+        return timm.create_model(**arguments)
 
 
-def _small_image_remedy(
-    backbone: str, image_size: int, kwargs: dict[str, Any]
-) -> tuple[dict[str, int], dict[str, Any]] | None:
-    for extra in SMALL_IMAGE_KWARGS:
-        if not extra.keys() & kwargs.keys():
-            try:
-                arguments = _fitting_arguments(backbone, image_size, {**kwargs, **extra})
-            except ByolTimmError:
-                continue
-            if _map_cells(arguments, image_size) > 4:
-                return extra, arguments
-    return None
+def _unknown_argument(backbone: str, architecture: str, error: TypeError) -> str:
+    match = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+    if match is None:
+        return f"{backbone} does not take these arguments ({_one_line(error)})"
+    known = list(inspect.signature(type(_build_on_meta({"model_name": architecture})).__init__).parameters)
+    near = difflib.get_close_matches(match[1], known, n=1)
+    return f"{backbone} takes no argument {match[1]!r}. " + (f"Did you mean {near[0]}?" if near else "Leave it out")
+
+
+def _advice(backbone: str, image_size: int | None, in_chans: int, backbone_kwargs: dict[str, Any]) -> str:
+    """What to do about a backbone that does not run."""
+    if backbone_kwargs and _places(backbone, image_size, in_chans, {}):
+        given = ", ".join(f"{key}={value!r}" for key, value in backbone_kwargs.items())
+        return f"It runs without {given}"
+    if in_chans != 3 and _places(backbone, image_size, 3, backbone_kwargs):
+        return "It takes images with 3 channels; use --in_chans 3, or another backbone"
+    pooled = backbone.removesuffix("_enc")
+    if pooled != backbone and timm.is_model(pooled):
+        return f"Use {pooled}"
+    ways = []
+    if image_size is not None:
+        side = smallest_image_size(backbone, above=image_size, in_chans=in_chans, **backbone_kwargs)
+        ways += [f"--image_size {side}"] if side else []
+        extra = small_image_kwargs(backbone, image_size=image_size, in_chans=in_chans, **backbone_kwargs)
+        ways += [f"--backbone_kwargs {key}={value}" for key, value in extra.items()]
+    return f"Use {', or '.join([*ways, 'another backbone'])}"
+
+
+def _places(backbone: str, image_size: int | None, in_chans: int, backbone_kwargs: dict[str, Any]) -> int:
+    """The number of places in the final map; 0 where the backbone does not take such images or arguments."""
+    try:
+        return math.prod(_fit(backbone, image_size, in_chans, backbone_kwargs).map_size)
+    except ByolTimmError:
+        return 0
+
+
+def _warn_of_lost_structure(backbone: str, fit: Fit, image_size: int, backbone_kwargs: dict[str, Any]) -> None:
+    size = f"{image_size}x{image_size}"
+    if math.prod(fit.map_size) <= FEW_PLACES:
+        extra = small_image_kwargs(backbone, image_size=image_size, in_chans=fit.input_size[0], **backbone_kwargs)
+        ways = [f"--backbone_kwargs {key}={value} (or auto)" for key, value in extra.items()]
+        height, width = fit.map_size
+        logger.warning(
+            f"{backbone} reduces {size} images to a {height}x{width} map. Use {', or '.join([*ways, 'larger images'])}"
+        )
+    for module in fit.encoder.modules():
+        if isinstance(module, PatchEmbed) and not module.dynamic_img_pad and image_size % module.patch_size[0]:
+            patch = module.patch_size[0]
+            logger.warning(
+                f"{backbone} cuts {size} images into patches of {patch} pixels and ignores the last "
+                f"{image_size % patch} rows and columns. Use a multiple of {patch}"
+            )
+
+
+def _parameters_of(encoder: nn.Module, part: str) -> list[str]:
+    return [name for name, _ in encoder.named_parameters() if f"{name}.".startswith(f"{part}.")]
+
+
+def _stem(encoder: Any) -> list[str]:
+    """The outermost modules around the first convolutions that hold neither the last features nor other branches."""
+    first = encoder.pretrained_cfg["first_conv"] or []
+    last = encoder.feature_info[-1]["module"]
+    modules = []
+    for convolution in [first] if isinstance(first, str) else first:
+        around = accumulate(convolution.split("."), "{}.{}".format)
+        modules += [m for m in around if not _holds(encoder, m, last)][:1]
+    return modules
+
+
+def _holds(encoder: nn.Module, module: str, feature: str) -> bool:
+    return f"{feature}.".startswith(f"{module}.") or isinstance(encoder.get_submodule(module), nn.ModuleList)
+
+
+def _letters_and_digits(text: str) -> str:
+    return "".join(character for character in text.lower() if character.isalnum())
 
 
 def _one_line(error: Exception) -> str:
