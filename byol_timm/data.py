@@ -5,7 +5,6 @@ import hashlib
 import io
 import itertools
 import logging
-import math
 import os
 import re
 import shutil
@@ -16,7 +15,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -35,6 +34,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 Array = NDArray[Any]
+T = TypeVar("T")
 OnBadImage = Literal["skip", "error"]
 
 TRAIN, TEST_NAMES = "train", ("test", "validation", "valid", "val")
@@ -51,6 +51,8 @@ WORKER_TIMEOUT = 600.0
 # Fewer images than this are read faster than worker processes start.
 FEW_IMAGES = 256
 PREFETCH = 2
+# Of an answer while images are decoded into memory: little, as the shared memory of containers is.
+LOAD_BYTES = 2**21
 
 
 class BadImage(Exception):
@@ -123,13 +125,7 @@ class Images:
 
     def side(self) -> int:
         """The longer side in pixels of a typical image."""
-        sides = []
-        for index in _spread(len(self), 9):
-            with contextlib.suppress(BadImage):
-                sides.append(self.source.side(int(self.rows[index])))
-        if not sides:
-            raise ByolTimmError(f"no image of {self.name} can be read ({_reason(self, 0)}). check the files")
-        return int(np.median(sides))
+        return int(np.median(list(_readable(self, 9, lambda index: self.source.side(int(self.rows[index]))))))
 
 
 def open_dataset(
@@ -204,8 +200,7 @@ class TrainingBatches:
     Images that all decode to one shape are held in memory up to `memory_limit` bytes and come whole; else `workers`
     processes (None: one per core, at most 8; 0: this one) decode and come with what `cut(image, ordinal)` made.
     An image that cannot be read is replaced by the next one that can, and noted in `bad`; more than 5 % of them, or
-    any with `on_bad_image="error"`, end the iteration with a `ByolTimmError`. `progress(done, total)` is called while
-    images are decoded into memory; None: a bar on a terminal.
+    any with `on_bad_image="error"`, end it all with a `ByolTimmError`.
     """
 
     def __init__(
@@ -222,7 +217,6 @@ class TrainingBatches:
         workers: int | None = None,
         memory_limit: float = 2 * 2**30,
         on_bad_image: OnBadImage = "skip",
-        progress: Callable[[int, int], object] | None = None,
     ) -> None:
         micro_batches, rest = divmod(global_batch, batch_size * world)
         if rest or not micro_batches:
@@ -240,7 +234,7 @@ class TrainingBatches:
         self.bad: dict[int, str] = {}
         self._cut = cut
         self._running: Generator[Batch] | None = None
-        self._pixels = self._load(memory_limit, progress)
+        self._pixels = self._load(memory_limit)
 
     @property
     def in_memory(self) -> bool:
@@ -268,13 +262,12 @@ class TrainingBatches:
             self._running = None
 
     def _ordinals(self) -> Iterator[Tensor]:
-        n, epoch = len(self.images), -1
+        n = len(self.images)
         for step in itertools.count(self.start_step):
-            in_epoch = step % (n // self.global_batch)
-            if step // (n // self.global_batch) != epoch:
-                epoch = step // (n // self.global_batch)
+            epoch, place = divmod(step, n // self.global_batch)
+            if place == 0 or step == self.start_step:
                 ordinals = epoch_order(self.seed, epoch, n) + epoch * n
-            batch = ordinals[in_epoch * self.global_batch :][: self.global_batch]
+            batch = ordinals[place * self.global_batch :][: self.global_batch]
             yield from batch.split(self.batch_size)[self.rank :: self.world]
 
     def _from_memory(self, pixels: Tensor) -> Generator[Batch]:
@@ -285,18 +278,48 @@ class TrainingBatches:
             yield Batch(images, None, ordinals)
 
     def _from_workers(self) -> Generator[Batch]:
+        crops = self._cut(next(_readable(self.images, 100, self.images.decode)), 0)
         reader = _CropReader(self.images, self._cut)
-        size = _probe(self.images, lambda image: self._cut(image, 0)).numel() * self.batch_size
         seen = replaced = 0
-        with contextlib.closing(_stream(reader, self._ordinals(), self.workers, size)) as answers:
+        answers = _stream(reader, self._ordinals(), self.workers, crops.numel() * self.batch_size)
+        with contextlib.closing(answers):
             for crops, ordinals, bad in answers:
+                self._note(bad)
                 seen += len(ordinals)
                 replaced += sum(ordinal % len(self.images) in bad for ordinal in ordinals.tolist())
-                self._note(bad, replaced, seen)
+                self._check(replaced, seen)
                 yield Batch(None, crops, ordinals)
 
-    def _note(self, bad: dict[int, str], count: int, seen: int) -> None:
-        """Remember and report images that could not be read; stop when they are too many."""
+    def _load(self, limit: float) -> Tensor | None:
+        """All images, uint8 [N, C, H, W], or None if they differ in shape or take more than `limit` bytes."""
+        n = len(self.images)
+        shape, *others = {image.shape for image in _readable(self.images, 16, self.images.decode)}
+        if others or n * shape.numel() > limit:
+            return None
+        pixels, good = torch.empty(n, *shape, dtype=torch.uint8), torch.zeros(n, dtype=torch.bool)
+        chunk = max(1, min(256, LOAD_BYTES // shape.numel()))
+        workers = self.workers if n > FEW_IMAGES else 0
+        reader = _ImageReader(self.images, _SameShape(shape))
+        answers = _stream(reader, torch.arange(n).split(chunk), workers, chunk * shape.numel())
+        bar = tqdm(total=n, unit="image", desc="decoding", disable=True if self.rank else None)
+        try:
+            with contextlib.closing(answers), bar:
+                for decoded, indices, bad in answers:
+                    self._note(bad)
+                    self._check(len(self.bad), n)
+                    if len(indices):
+                        pixels[indices], good[indices] = decoded, True
+                    bar.update(len(indices) + len(bad))
+        except _OtherShape:
+            self.bad.clear()
+            return None
+        readable = good.nonzero()[:, 0]
+        for index in self.bad:
+            pixels[index] = pixels[readable[torch.searchsorted(readable, index) % len(readable)]]
+        return pixels
+
+    def _note(self, bad: dict[int, str]) -> None:
+        """Remember and report images that cannot be read."""
         for index, reason in bad.items():
             if self.on_bad_image == "error":
                 raise ByolTimmError(f"image cannot be read: {reason}. mend or remove it, or use --on_bad_image skip")
@@ -304,50 +327,14 @@ class TrainingBatches:
                 self.bad[index] = reason
                 if len(self.bad) % 1000 == 1:
                     logger.warning("image cannot be read, the next one takes its place (%d): %s", len(self.bad), reason)
+
+    def _check(self, count: int, seen: int) -> None:
+        """Stop when too many images cannot be read."""
         if count > MAX_BAD * max(seen, min(1000, len(self.images))):
             first = next(iter(self.bad.values()))
             raise ByolTimmError(
                 f"{count} of {seen} images of {self.images.name} cannot be read; the first: {first}. check the files"
             )
-
-    def _load(self, limit: float, progress: Callable[[int, int], object] | None) -> Tensor | None:
-        """All images, uint8 [N, C, H, W], or None if they differ in shape or take more than `limit` bytes."""
-        n = len(self.images)
-        shapes = {tuple(image.shape) for image in _readable(self.images, _spread(n, 16))}
-        if len(shapes) != 1 or n * math.prod(shape := shapes.pop()) > limit:
-            return None
-        pixels = torch.empty(n, *shape, dtype=torch.uint8)
-        # Small requests, as the shared memory of containers is small.
-        chunk = max(1, min(256, 2**21 // math.prod(shape)))
-        bar = tqdm(
-            total=n, unit="image", desc="decoding", disable=None if progress is None and self.rank == 0 else True
-        )
-        requests = [np.arange(start, min(start + chunk, n)) for start in range(0, n, chunk)]
-        workers = self.workers if n > FEW_IMAGES else 0
-        good = np.ones(n, dtype=bool)
-        found: dict[int, str] = {}
-        try:
-            with (
-                bar,
-                contextlib.closing(
-                    _stream(_ImageReader(self.images, _SameShape(shape)), requests, workers, chunk * math.prod(shape))
-                ) as answers,
-            ):
-                for request, (decoded, indices, bad) in zip(requests, answers, strict=True):
-                    pixels[indices] = decoded
-                    good[list(bad)] = False
-                    found |= bad
-                    self._note(bad, len(found), n)
-                    bar.update(len(request))
-                    if progress is not None:
-                        progress(int(request[-1]) + 1, n)
-        except _OtherShape:
-            self.bad.clear()
-            return None
-        readable = np.flatnonzero(good)
-        for index in np.flatnonzero(~good):
-            pixels[index] = pixels[readable[np.searchsorted(readable, index) % len(readable)]]
-        return pixels
 
 
 # Evaluation
@@ -363,22 +350,21 @@ def evaluation_batches(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Transformed images (uint8 [B, C, height, width]) and their indices (int64 [B]), in the order of `indices`.
 
-    Images that cannot be read are left out, with one warning; `ByolTimmError` if that leaves none.
+    Images that cannot be read are left out, with one warning.
     """
-    indices = np.arange(len(images)) if indices is None else np.asarray(indices, dtype=np.int64)
-    requests = [indices[start : start + batch_size] for start in range(0, len(indices), batch_size)]
-    size = _probe(images.subset(indices), transform).numel() * batch_size
+    chosen = _chosen(images, indices)
+    pixels = _example(images, chosen, transform)
+    processes = _worker_count(workers) if len(chosen) > FEW_IMAGES else 0
     bad: dict[int, str] = {}
-    reader = _ImageReader(images, transform)
-    processes = _worker_count(workers) if len(indices) > FEW_IMAGES else 0
-    with contextlib.closing(_stream(reader, requests, processes, size)) as answers:
+    answers = _stream(_ImageReader(images, transform), chosen.split(batch_size), processes, pixels.numel() * batch_size)
+    with contextlib.closing(answers):
         for pixels, good, reasons in answers:
             bad |= reasons
             if len(good):
                 yield pixels, good
     if bad:
         first = next(iter(bad.values()))
-        logger.warning("%d of %d images cannot be read and are left out; the first: %s", len(bad), len(indices), first)
+        logger.warning("%d of %d images cannot be read and are left out; the first: %s", len(bad), len(chosen), first)
 
 
 def load_pixels(
@@ -389,14 +375,23 @@ def load_pixels(
     indices: Array | Sequence[int] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """All of `evaluation_batches` in memory: uint8 [M, C, height, width] and the int64 indices of those M images."""
-    indices = np.arange(len(images)) if indices is None else np.asarray(indices, dtype=np.int64)
-    shape = _probe(images.subset(indices), transform).shape
-    pixels, good = torch.empty(len(indices), *shape, dtype=torch.uint8), torch.empty(len(indices), dtype=torch.int64)
-    count = 0
+    chosen = _chosen(images, indices)
+    shape = _example(images, chosen, transform).shape
+    pixels, good, count = torch.empty(len(chosen), *shape, dtype=torch.uint8), torch.empty_like(chosen), 0
     for part, found in evaluation_batches(images, transform, batch_size=32, workers=workers, indices=indices):
-        pixels[count : count + len(found)], good[count : count + len(found)] = part, found
-        count += len(found)
+        place = slice(count, count + len(found))
+        pixels[place], good[place] = part, found
+        count = place.stop
     return pixels[:count], good[:count]
+
+
+def _chosen(images: Images, indices: Array | Sequence[int] | None) -> Tensor:
+    return torch.arange(len(images)) if indices is None else torch.as_tensor(np.asarray(indices, dtype=np.int64))
+
+
+def _example(images: Images, indices: Tensor, transform: Callable[[Tensor], Tensor]) -> Tensor:
+    images = images.subset(indices.numpy())
+    return transform(next(_readable(images, 100, images.decode)))
 
 
 # Reading in processes
@@ -408,7 +403,7 @@ class _ImageReader:
     def __init__(self, images: Images, transform: Callable[[Tensor], Tensor]) -> None:
         self.images, self.transform = images, transform
 
-    def __getitem__(self, indices: Array) -> tuple[Tensor, Tensor, dict[int, str]]:
+    def __getitem__(self, indices: Tensor) -> tuple[Tensor, Tensor, dict[int, str]]:
         pixels, good, bad = [], [], {}
         for index in indices.tolist():
             try:
@@ -453,12 +448,12 @@ class _OtherShape(Exception):
 class _SameShape:
     """Passes on images of one shape."""
 
-    def __init__(self, shape: tuple[int, ...]) -> None:
+    def __init__(self, shape: torch.Size) -> None:
         self.shape = shape
 
     def __call__(self, image: Tensor) -> Tensor:
-        if tuple(image.shape) != self.shape:
-            raise _OtherShape(str(tuple(image.shape)))
+        if image.shape != self.shape:
+            raise _OtherShape(str(image.shape))
         return image
 
 
@@ -527,25 +522,20 @@ def _spread(n: int, count: int) -> list[int]:
     return np.unique(np.linspace(0, n - 1, min(n, count)).astype(int)).tolist()
 
 
-def _readable(images: Images, indices: Iterable[int]) -> Iterator[Tensor]:
-    for index in indices:
-        with contextlib.suppress(BadImage):
-            yield images.decode(index)
-
-
-def _probe(images: Images, transform: Callable[[Tensor], Tensor]) -> Tensor:
-    """The transform of some image that can be read."""
-    for image in _readable(images, _spread(len(images), 100)):
-        return transform(image)
-    raise ByolTimmError(f"no image of {images.name} can be read ({_reason(images, 0)}). check the files")
-
-
-def _reason(images: Images, index: int) -> str:
-    try:
-        images.decode(index)
-    except BadImage as reason:
-        return f"{images.describe(index)}: {reason}"
-    return ""
+def _readable(images: Images, count: int, read: Callable[[int], T]) -> Iterator[T]:
+    """What `read` gives of at most `count` images, evenly spread, without those that it cannot read; `ByolTimmError`
+    if that leaves none."""
+    found, reason = False, "there is none"
+    for index in _spread(len(images), count):
+        try:
+            result = read(index)
+        except BadImage as error:
+            reason = f"{images.describe(index)}: {error}"
+        else:
+            found = True
+            yield result
+    if not found:
+        raise ByolTimmError(f"no image of {images.name} can be read ({reason}). check the files")
 
 
 # Decoding
