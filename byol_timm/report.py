@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import yaml
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -83,6 +82,7 @@ table {{ border-collapse: collapse; margin-top: .5em; font-size: .93em; }}
 th, td {{ text-align: left; vertical-align: top; padding: .15em 1.5em .15em 0; border-bottom: 1px solid #e6e6e6; }}
 th {{ font-weight: 400; color: #666; white-space: nowrap; }}
 td {{ overflow-wrap: anywhere; }}
+pre {{ white-space: pre-wrap; overflow-wrap: anywhere; }}
 </style>
 </head>
 <body>
@@ -326,16 +326,16 @@ def save_report(folder: str | Path) -> Path:
     Takes whatever of `*.png`, results.json, config.yaml and environment.json is there. Raises `ByolTimmError` for a
     folder without any of them.
     """
-    # Here, as it brings the Hub's client along.
+    # Imported here, as it brings the Hub's client along.
     from .card import redact
 
     folder = Path(folder)
     pictures = {path.name: path for path in sorted(folder.glob("*.png")) if not path.name.startswith(".")}
     results, environment = _read(folder / "results.json"), _read(folder / "environment.json")
-    config = _read(folder / "config.yaml") or results.pop("config", {})
-    if not (pictures or results or config):
+    settings = folder / "config.yaml"
+    if not (pictures or results or settings.exists()):
         raise ByolTimmError(f"{folder} is not the folder of a run. give one with results.json or pictures")
-    results.pop("config", None)
+    config = results.pop("config", {})
     name = folder.resolve().name
     parts = [f"<h1>{html.escape(name)}</h1>"]
     subject = [str(redact(config[key])) for key in ("backbone", "dataset") if config.get(key)]
@@ -343,9 +343,14 @@ def save_report(folder: str | Path) -> Path:
         parts.append(f"<p>BYOL pretraining of {html.escape(' on '.join(subject))}</p>")
     for file in sorted(pictures, key=lambda file: [*CAPTIONS, file].index(file)):
         parts.append(_figure_html(pictures[file], CAPTIONS.get(file, Path(file).stem.replace("_", " "))))
-    for title, values in (("Results", results), ("Settings", config), ("Environment", environment)):
-        if values:
-            parts.append(_table_html(title, redact(values), opened=title == "Results"))
+    if results:
+        parts.append(_details_html("Results", _table_html(redact(results)), opened=True))
+    if settings.exists():
+        parts.append(
+            _details_html("Settings", f"<pre>{html.escape(redact(settings.read_text('utf-8', 'replace')))}</pre>")
+        )
+    if environment:
+        parts.append(_details_html("Environment", _table_html(redact(environment))))
     page = PAGE.format(title=html.escape(name), body="\n".join(parts))
     return _write(folder / "report.html", page.encode(errors="backslashreplace"))
 
@@ -539,14 +544,13 @@ def _channel_note(image: Image) -> str:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """The values of a JSON or YAML file; none where there is no file."""
+    """The values of a JSON file; none where there is no file."""
     if not path.exists():
         return {}
     try:
-        # JSON is YAML, but YAML reads 1e-05 as a text.
-        values = (json.loads if path.suffix == ".json" else yaml.safe_load)(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise ByolTimmError(f"{path} cannot be read ({type(error).__name__}). remove it, or write it again") from error
+        values = json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise ByolTimmError(f"{path} is not JSON ({error}). remove it, or write it again") from error
     return values if isinstance(values, dict) else {}
 
 
@@ -555,9 +559,13 @@ def _figure_html(path: Path, caption: str) -> str:
     return f'<figure><figcaption>{caption}</figcaption><img alt="{caption}" src="{source}"></figure>'
 
 
-def _table_html(title: str, values: Mapping[str, Any], *, opened: bool) -> str:
+def _details_html(title: str, content: str, *, opened: bool = False) -> str:
+    return f"<details{' open' * opened}><summary>{title}</summary>{content}</details>"
+
+
+def _table_html(values: Mapping[str, Any]) -> str:
     rows = "".join(f"<tr><th>{html.escape(k)}</th><td>{html.escape(v)}</td></tr>" for k, v in _flat(values))
-    return f"<details{' open' * opened}><summary>{title}</summary><table>{rows}</table></details>"
+    return f"<table>{rows}</table>"
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
