@@ -288,6 +288,7 @@ class TrainingBatches:
                 seen += len(ordinals)
                 replaced += sum(ordinal % len(self.images) in bad for ordinal in ordinals.tolist())
                 self._check(replaced, seen)
+                self._check(len(self.bad), len(self.images))
                 yield Batch(None, crops, ordinals)
 
     def _load(self, limit: float) -> Tensor | None:
@@ -417,19 +418,26 @@ class _ImageReader:
 
 
 class _CropReader:
-    """Answers a request for ordinals with crops, the ordinals, and the images that others had to replace."""
+    """Answers a request for ordinals with crops, the ordinals, and the images that others had to replace.
+
+    No crops if no image can be read among more in a row than may be bad in all.
+    """
 
     def __init__(self, images: Images, cut: Callable[[Tensor, int], Tensor]) -> None:
         self.images, self.cut = images, cut
         self.known_bad: dict[int, str] = {}
 
     def __getitem__(self, ordinals: Tensor) -> tuple[Tensor, Tensor, dict[int, str]]:
+        crops: list[Tensor] = []
         bad: dict[int, str] = {}
-        crops = [self.cut(self._decode(ordinal % len(self.images), bad), ordinal) for ordinal in ordinals.tolist()]
+        for ordinal in ordinals.tolist():
+            image = self._decode(ordinal % len(self.images), bad)
+            if image is None:
+                return torch.empty(0), ordinals, bad
+            crops.append(self.cut(image, ordinal))
         return torch.stack(crops), ordinals, bad
 
-    def _decode(self, index: int, bad: dict[int, str]) -> Tensor:
-        # More in a row than may be bad in all: no need to look further.
+    def _decode(self, index: int, bad: dict[int, str]) -> Tensor | None:
         for candidate in range(index, index + int(MAX_BAD * len(self.images)) + 2):
             candidate %= len(self.images)
             if candidate not in self.known_bad:
@@ -438,7 +446,7 @@ class _CropReader:
                 except BadImage as reason:
                     self.known_bad[candidate] = f"{self.images.describe(candidate)}: {reason}"
             bad[candidate] = self.known_bad[candidate]
-        raise ByolTimmError(f"more than 5 % of {self.images.name} cannot be read; one: {bad[index]}. check the files")
+        return None
 
 
 class _OtherShape(Exception):
@@ -493,7 +501,7 @@ def _worker_error(error: RuntimeError) -> WorkerError | None:
     if re.search(r"DataLoader worker \(pid.*(killed by signal|exited unexpectedly)", message):
         what = " ".join(message.split(". ")[0].split()).removeprefix("DataLoader ")
         return WorkerError(
-            f"data loading {what}. often out of memory or a broken image: retry with --workers 0 to find it"
+            f"data loading {what}. often out of (shared) memory or a broken image: retry with --workers 0 to find it"
         )
     return None
 
@@ -547,19 +555,29 @@ def decode(file: BinaryIO, channels: int) -> Array:
     Of an animation the first frame. 16-bit values are scaled to 8. Anything else that does not give that many channels,
     or that is not whole, is a `BadImage`.
     """
+    with _opened(file) as image:
+        if isinstance(image, np.ndarray):
+            return from_array(image, channels)
+        return _pixels(image, channels) if channels in (1, 3, 4) else _stack(image, channels)
+
+
+@contextlib.contextmanager
+def _opened(file: BinaryIO) -> Iterator[Image.Image | Array]:
+    """The image or array in a file, by its content; whatever happens to it inside the context is a `BadImage`."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            if file.read(6) == b"\x93NUMPY":
-                file.seek(0)
-                return from_array(np.load(file, allow_pickle=False), channels)
+            magic = file.read(6)
             file.seek(0)
-            with Image.open(file, formats=_formats()) as image:
-                return _stack(image, channels) if channels not in (1, 3, 4) else _pixels(image, channels)
+            if magic == b"\x93NUMPY":
+                yield np.load(file, allow_pickle=False)
+            else:
+                with Image.open(file, formats=_formats()) as image:
+                    yield image
     except BadImage:
         raise
     except UnidentifiedImageError:
-        raise BadImage(f"not an image in a known format{'' if file.seek(0, 2) else ', the file is empty'}") from None
+        raise BadImage("not an image in a known format" if magic else "the file is empty") from None
     except Exception as error:
         # Decoders raise all kinds: OSError, SyntaxError, ValueError, struct.error, MemoryError, ...
         raise BadImage(" ".join(str(error).split()) or type(error).__name__) from error
@@ -617,31 +635,19 @@ def _pixels(image: Image.Image, channels: int) -> Array:
 def _stack(image: Image.Image, channels: int) -> Array:
     """The frames of a grey stack as channels."""
     frames = []
-    for frame in ImageSequence.Iterator(image):
+    for frame in itertools.islice(ImageSequence.Iterator(image), channels + 1):
         if not (frame.mode == "L" or _gray_16_bit(frame)):
             raise BadImage(f"frames of mode {frame.mode}, not grey ones for {channels} channels")
         pixels = np.array(frame)
         frames.append(pixels if frame.mode == "L" else _from_16_bit(pixels))
-        if len(frames) > channels:
-            break
     if len(frames) != channels or len({frame.shape for frame in frames}) != 1:
-        raise BadImage(
-            f"{'more than ' * (len(frames) > channels)}{min(len(frames), channels)} frames, not {channels} alike"
-        )
+        raise BadImage(f"not a stack of {channels} frames of one size, for {channels} channels")
     return np.stack(frames)
 
 
 def _longer_side(file: BinaryIO) -> int:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            if file.read(6) == b"\x93NUMPY":
-                file.seek(0)
-                return sorted(np.load(file, allow_pickle=False).shape)[-1]
-            with Image.open(file, formats=_formats()) as image:
-                return max(image.size)
-    except Exception as error:
-        raise BadImage(str(error)) from error
+    with _opened(file) as image:
+        return max(image.shape if isinstance(image, np.ndarray) else image.size)
 
 
 # Sources
