@@ -7,6 +7,7 @@ import json
 import math
 import os
 import statistics
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -40,6 +41,8 @@ STYLE: Any = {
     "grid.color": GRID,
     "grid.linewidth": 0.8,
     "text.color": INK,
+    # A class may be called $1.
+    "text.parse_math": False,
     "xtick.color": QUIET,
     "ytick.color": QUIET,
     "xtick.labelcolor": INK,
@@ -370,7 +373,10 @@ def _figure(width: float, height: float) -> Iterator[Any]:
 
 def _save(figure: Any, path: str | Path) -> Path:
     content = io.BytesIO()
-    figure.savefig(content, format="png", metadata={"Software": None})
+    with warnings.catch_warnings():
+        # Letters that matplotlib's font lacks become boxes.
+        warnings.filterwarnings("ignore", "Glyph .* missing from font", UserWarning)
+        figure.savefig(content, format="png", metadata={"Software": None})
     return _write(Path(path), content.getvalue())
 
 
