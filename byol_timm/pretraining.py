@@ -52,7 +52,7 @@ from .defaults import (
     resolve_intervals,
     resolve_training,
 )
-from .encoder import create_encoder, parse_kwargs
+from .encoder import create_encoder, enable_grad_checkpointing, freeze_parts, parse_kwargs
 from .errors import ByolTimmError
 from .evaluation import extract_features, knn
 from .hub import check_encoder_folder, check_push, fetch_encoder, push_encoder, save_encoder
@@ -64,9 +64,6 @@ from .report import save_curves, save_embedding, save_views
 from .summary import banner, closing, environment
 
 logger = logging.getLogger(__name__)
-
-def freeze_parts(encoder, parts): return []
-
 # What may differ between a run and its continuation; everything else decides what the weights become.
 MAY_CHANGE = frozenset(
     "batch_size output_dir save_every log_every knn_every resume overwrite max_time on_collapse report_to push_to_hub "
@@ -135,19 +132,22 @@ def pretrain(config: PretrainConfig) -> nn.Module:
         # Where training stands.
         data = {"name": splits.train.name, "images": len(splits.train), "channels": splits.train.channels}
         data["fingerprint"] = fingerprint(splits.train)
-        step, saved = 0, {}
+        step = 0
+        saved: dict[str, Any] = {}
         if settings.resume:
             step, saved = _resume(settings, schedule, data, folder / "checkpoints", byol, optimizer)
         if accelerator.is_main_process:
             (folder / "config.yaml").write_text(to_yaml(settings), encoding="utf-8")
             _write_json(folder / "environment.json", environment(accelerator))
-        accelerator.init_trackers("byol_timm", config={name: str(v) for name, v in dataclasses.asdict(settings).items()})
+        accelerator.init_trackers(
+            "byol_timm", config={name: str(v) for name, v in dataclasses.asdict(settings).items()}
+        )
 
         # Devices, processes, memory layout.
         byol.to(memory_format=torch.channels_last if settings.channels_last else torch.contiguous_format)
         if settings.grad_checkpointing:
-            encoder.set_grad_checkpointing()
-        group = None
+            enable_grad_checkpointing(encoder)
+        group: Any = None
         if accelerator.num_processes > 1 and accelerator.device.type == "cuda":
             # torch's own converter drops the activations inside timm's layers.
             byol = convert_sync_batchnorm(byol)
@@ -379,9 +379,10 @@ class HeldOut:
 
     @staticmethod
     def _load(images: Images, limit: int, transform: EvaluationTransform, config: Any) -> tuple[Tensor, Tensor]:
-        chosen = subset_indices(images.labels, limit, config.seed)
+        labels: Any = images.labels
+        chosen = subset_indices(labels, limit, config.seed)
         pixels, indices = load_pixels(images, transform, workers=config.workers, indices=chosen)
-        return pixels, torch.as_tensor(images.labels)[indices]
+        return pixels, torch.as_tensor(labels)[indices]
 
     def knn(self, encoder: nn.Module, interruption: Interruption | None = None) -> float | None:
         """20-NN accuracy of the encoder's features, 0 to 1; None when asked to stop in between."""
@@ -528,10 +529,10 @@ class _Prepare:
         if batch.images is not None:
             images = batch.images.to(self.device, non_blocking=True)
             self.last = self.views(images, batch.ordinals, out=self.last)
-        else:
+        elif batch.crops is not None:
             crops = batch.crops.to(self.device, non_blocking=True)
             self.last = self.views.finish(crops, batch.ordinals, out=self.last)
-        view1, view2 = (view.contiguous(memory_format=self.layout) for view in self.last)
+        view1, view2 = (view.contiguous(memory_format=self.layout) for view in self.last or ())
         return view1, view2
 
 

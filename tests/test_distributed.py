@@ -55,14 +55,22 @@ TRAIN = """
     run(main)
 """
 
-SETTINGS = "--backbone test_resnet --image_size 32 --epochs 1 --hidden_dim 64 --projection_dim 32 --output_dir run".split()
+SETTINGS = (
+    "--backbone test_resnet --image_size 32 --epochs 1 --hidden_dim 64 --projection_dim 32 --output_dir run".split()
+)
 
 
 def launch(folder, script, *arguments, processes=2, **variables):
     path = folder / "script.py"
     path.write_text(textwrap.dedent(script))
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **variables}
+    environment = {
+        **os.environ,
+        "ACCELERATE_USE_CPU": "true",
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+        **variables,
+    }
     return subprocess.run(
         [sys.executable, *launcher, str(path), *arguments],
         cwd=folder,
