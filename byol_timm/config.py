@@ -237,7 +237,8 @@ def _file_arguments(path: str, names: list[str], switches: set[str]) -> list[str
     except OSError as error:
         raise ByolTimmError(f"config file {path} cannot be read ({error.strerror})") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ByolTimmError(f"config file {path} is not YAML ({" ".join(str(error).split())})") from error
+        reason = " ".join(str(error).split())
+        raise ByolTimmError(f"config file {path} is not YAML ({reason})") from error
     if settings is None:
         return []
     if not isinstance(settings, dict):
