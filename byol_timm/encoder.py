@@ -13,6 +13,7 @@ from typing import Any
 
 import timm
 import torch
+import torch.nn.functional as F
 from timm.layers import PatchEmbed
 from timm.models import resolve_model_input_args
 from torch import Tensor, nn
@@ -84,7 +85,7 @@ def create_encoder(
         _warn_of_lost_structure(backbone, fit, image_size, backbone_kwargs)
     arguments = fit.arguments
     if not zero_init_last:
-        if "zero_init_last" in inspect.signature(type(fit.encoder).__init__).parameters:
+        if _accepts(fit.encoder, "zero_init_last"):
             arguments = {**arguments, "zero_init_last": False}
         else:
             logger.warning(f"{backbone} has no choice of the residual init; it starts as timm has it")
@@ -229,19 +230,18 @@ class _DoesNotRun(ByolTimmError):
 class _ShapesOnly(TorchFunctionMode):
     """Leaves out what changes values but no shape: meta tensors have no values, and these are most of the time."""
 
-    SKIPPED = frozenset(
+    FUNCTIONS = frozenset(
         [
             *(nn.init.uniform_, nn.init.normal_, nn.init.constant_, nn.init.kaiming_uniform_),
             *(Tensor.uniform_, Tensor.normal_, Tensor.fill_, Tensor.zero_, Tensor.erfinv_),
+            *(F.batch_norm, F.layer_norm, F.group_norm, F.gelu, F.relu, F.silu),
         ]
     )
 
     def __torch_function__(self, function: Callable, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if function in self.SKIPPED:
-            return args[0] if args else kwargs["tensor"]
-        if function is nn.functional.batch_norm:
-            return torch.empty_like(args[0])
+        if function in self.FUNCTIONS:
+            return args[0] if args else next(iter(kwargs.values()))
         return function(*args, **kwargs)
 
 
@@ -313,7 +313,14 @@ def _run(backbone: str, arguments: dict[str, Any], image_size: int | None) -> Fi
     if not isinstance(output, Tensor) or output.shape != (2, encoder_width(encoder)):
         what = tuple(output.shape[1:]) if isinstance(output, Tensor) else type(output).__name__
         raise _DoesNotRun(f"{backbone} returns {what} for an image, not one vector")
+    if _accepts(encoder, "out_features"):
+        # timm takes the width of a language model's projector from the pretrained tag, which a saved encoder replaces.
+        arguments = {"out_features": encoder_width(encoder), **arguments}
     return Fit(arguments, encoder, input_size)
+
+
+def _accepts(encoder: nn.Module, argument: str) -> bool:
+    return argument in inspect.signature(type(encoder).__init__).parameters
 
 
 def _build_on_meta(arguments: dict[str, Any]) -> Any:

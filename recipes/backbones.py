@@ -37,7 +37,7 @@ LEGEND = """\
 **smallest**: the smallest side of square images that train, among the multiples of the network's reduction.
 **32 px** and so on: height and width of the final map, or grid of tokens, that training on such images has; empty where
 the backbone does not take them. **own size**: the same for the images it was made for.
-**set**: arguments of the timm model that byol_timm sets by itself.
+**set**: arguments of the timm model that byol_timm sets by itself; of a backbone that is refused, the reason.
 **auto**: what `--backbone_kwargs auto` adds on images of the first size, and the map that it leaves.
 """
 
@@ -68,7 +68,7 @@ def main() -> None:
     names = sorted({name for pattern in config.filter for name in matching(pattern)})
     with ProcessPoolExecutor(config.processes, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         rows = pool.map(partial(table_row, config=config), names, chunksize=4)
-        rows = list(tqdm(rows, total=len(names), unit="backbone", disable=None))
+        rows = list(tqdm(rows, total=len(names), unit="backbone", mininterval=1.0))
     text = as_csv(rows, config) if form == ".csv" else as_markdown(rows, config)
     if config.output:
         Path(config.output).write_text(text, encoding="utf-8")
@@ -94,11 +94,11 @@ def table_row(name: str, config: Backbones) -> dict[str, str]:
     try:
         own = fit_backbone(name, in_chans=config.in_chans)
     except ByolTimmError as error:
-        return {"backbone": name, "set": str(error)}
+        return {"backbone": name, "set": f"refused: {error}"}
     fits = {size: attempt(name, size, config) for size in config.sizes}
     smallest: int | None = own.reduction
-    if not fits.get(own.reduction):
-        smallest = smallest_image_size(name, in_chans=config.in_chans)
+    if not (fits.get(smallest) or attempt(name, smallest, config)):
+        smallest = smallest_image_size(name, above=smallest, in_chans=config.in_chans)
     given = [key for fit in (own, *fits.values()) if fit for key in ("img_size", "global_pool") if key in fit.arguments]
     auto = small_image_kwargs(name, image_size=config.sizes[0], in_chans=config.in_chans) if config.sizes else {}
     fit = attempt(name, config.sizes[0], config, **auto) if auto else None
