@@ -21,6 +21,7 @@ from .augment import Augmentation, EvaluationTransform, TwoViews
 from .augment import normalize as normalize_pixels
 from .byol import normalize
 from .data import Images, TrainingBatches, epoch_order, evaluation_batches
+from .defaults import crop_pct, normalization
 from .encoder import encoder_width
 from .errors import ByolTimmError
 from .optim import learning_rate
@@ -65,6 +66,8 @@ def extract_features(
     features = []
     with evaluating(encoder), torch.autocast(device.type, enabled=False):
         for pixels in batches.split(batch_size) if isinstance(batches, Tensor) else batches:
+            if not len(pixels):
+                continue
             if poll is not None:
                 poll()
             images = normalize_pixels(pixels.to(device), mean, std).contiguous(memory_format=layout)
@@ -94,18 +97,24 @@ class Preparation:
         return torch.channels_last if self.channels_last else torch.contiguous_format
 
     @classmethod
-    def of(cls, encoder: nn.Module, **settings: Any) -> "Preparation":
-        """What timm knows of the encoder's input size, crop, mean and std."""
+    def of(cls, encoder: nn.Module, in_chans: int = 3, **settings: Any) -> "Preparation":
+        """What timm knows of the encoder's input: size, crop (small images are left whole), mean and std."""
         wanted = resolve_model_data_config(encoder)
-        transform = EvaluationTransform(wanted["input_size"][1:], crop_pct=wanted["crop_pct"])
-        return cls(transform, wanted["mean"], wanted["std"], **settings)
+        size = wanted["input_size"][1:]
+        transform = EvaluationTransform(size, crop_pct=max(wanted["crop_pct"], crop_pct(min(size))))
+        return cls(transform, *normalization(encoder, in_chans), **settings)
 
 
 def dataset_features(
-    network: nn.Module, images: Images, preparation: Preparation, *, indices: Array | None = None, batch_size: int = 256
+    network: nn.Module,
+    images: Images,
+    preparation: Preparation,
+    *,
+    indices: Array | Sequence[int] | None = None,
+    batch_size: int = 256,
 ) -> tuple[Tensor, Array]:
     """Outputs of the network for images, float32 [M, width] on the CPU, and the indices of those M that can be read."""
-    read: list[Tensor] = []
+    read = [torch.empty(0, dtype=torch.int64)]
 
     def pixels() -> Iterator[Tensor]:
         batches = evaluation_batches(
@@ -287,7 +296,7 @@ PROTOCOLS: dict[str, Protocol] = {
     "byol-transfer-linear": Protocol(frozen=True, l2=L2_VALUES),
     # Minutes on a CPU, also where there are few labels.
     "quick-linear": Protocol(
-        frozen=True, lrs=(0.01, 0.03, 0.1, 0.3), epochs=(30,), batch_size=128, min_steps=300, standardize=True
+        frozen=True, lrs=(0.01, 0.03, 0.1, 0.3, 1.0), epochs=(30,), batch_size=128, min_steps=300, standardize=True
     ),
     "quick-finetune": Protocol(
         frozen=False,
