@@ -136,6 +136,40 @@ class PretrainConfig:
     """Show the traceback of an error."""
 
 
+@dataclasses.dataclass(frozen=True)
+class EvaluationConfig:
+    """What any evaluation needs to know: which encoder, on which images."""
+
+    encoder: str = "local-dir:runs/resnet18-digits/encoder"
+    """local-dir:RUN/encoder, hf-hub:user/name, or a timm name: random weights, or pretrained ones with --pretrained."""
+    pretrained: bool = False
+    """Use the pretrained weights of a timm name."""
+    image_size: int | None = None
+    """Side of the square images; None: what the encoder was trained with."""
+    in_chans: int | None = None
+    """Channels of the images; None: what the encoder was trained with."""
+
+    dataset: str = "digits"
+    """`digits`; a folder of images; a .parquet or .arrow file or a folder of them; a Hub dataset id."""
+    dataset_config: str | None = None
+    """Configuration of a Hub dataset."""
+    split: str | None = None
+    """Split that classifiers and neighbours learn from; None: train."""
+    image_column: str | None = None
+    """Column that holds the images; None: the only one of type image."""
+    label_column: str | None = None
+    """Column that holds the labels; None: the only one of type class label."""
+    workers: int | None = None
+    """Processes that decode images; None: one per core, at most 8."""
+
+    seed: int = 0
+    """Everything random is a function of this seed."""
+    output: str | None = None
+    """JSON file for the figures."""
+    debug: bool = False
+    """Show the traceback of an error."""
+
+
 def parse(config_class: type[Config], argv: Sequence[str] | None = None) -> Config:
     """The settings that the command line asks for: defaults, then the YAML file of `--config`, then flags.
 

@@ -45,6 +45,7 @@ from timm.utils import unwrap_model
 from torch import nn
 
 from .card import CARD_START, REDACTED, card_metadata, merge_cards, model_card, one_line, own_text, redact
+from .encoder import create_encoder
 from .errors import ByolTimmError
 
 logger = logging.getLogger(__name__)
@@ -194,6 +195,22 @@ def fetch_encoder(name: str) -> Path:
             raise ByolTimmError(f"{repo_id} could not be fetched ({one_line(error)}). Try again later") from error
     check_encoder_folder(Path(path).parent)
     return Path(path).parent
+
+
+def load_encoder(name: str, *, image_size: int | None = None, in_chans: int | None = None, **settings: Any) -> nn.Module:
+    """`create_encoder` with what is behind `hf-hub:` or `local-dir:` fetched and checked first.
+
+    image_size, in_chans: None takes those the encoder was trained with, and of a bare timm name its own size and RGB.
+    Raises `ByolTimmError` as `fetch_encoder`, `check_encoder_folder` and `create_encoder` do.
+    """
+    source, _, place = name.partition(":")
+    if source == "hf-hub":
+        place = str(fetch_encoder(place))
+    if source in ("hf-hub", "local-dir"):
+        config = check_encoder_folder(place)
+        name = f"local-dir:{place}"
+        in_chans = in_chans or (config["pretrained_cfg"].get("input_size") or (3,))[0]
+    return create_encoder(name, image_size=image_size, in_chans=in_chans or 3, **settings)
 
 
 def check_push(repo_id: str, *, public: bool = False, token: str | None = None) -> str:

@@ -52,10 +52,10 @@ from .defaults import (
     resolve_intervals,
     resolve_training,
 )
-from .encoder import create_encoder, enable_grad_checkpointing, freeze_parts, parse_kwargs
+from .encoder import enable_grad_checkpointing, freeze_parts, parse_kwargs
 from .errors import ByolTimmError
 from .evaluation import extract_features, knn
-from .hub import check_encoder_folder, check_push, fetch_encoder, push_encoder, save_encoder
+from .hub import check_push, load_encoder, push_encoder, save_encoder
 from .interruption import Interrupted, Interruption, agree
 from .launch import average_batch_statistics, check_same, create_accelerator, on_main_process, raise_first
 from .metrics import CollapseAlarm, MetricsLog, effective_rank, read_metrics
@@ -434,13 +434,8 @@ def _open_images(config: PretrainConfig) -> Splits:
 
 
 def _create_encoder(config: Any) -> nn.Module:
-    name: str = config.backbone
-    if name.startswith("hf-hub:"):
-        name = f"local-dir:{fetch_encoder(name)}"
-    elif name.startswith("local-dir:"):
-        check_encoder_folder(name.removeprefix("local-dir:"))
-    return create_encoder(
-        name,
+    return load_encoder(
+        config.backbone,
         image_size=config.image_size,
         in_chans=config.in_chans,
         pretrained=config.pretrained,
