@@ -5,10 +5,13 @@ import hashlib
 import io
 import itertools
 import logging
+import math
 import os
 import re
 import shutil
+import signal
 import sys
+import threading
 import warnings
 from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
@@ -47,9 +50,10 @@ EXTENSIONS = tuple(
 TABLES = (".parquet", ".arrow")
 HUB_ID = r"(?!.*\.(parquet|arrow)$)[\w-][\w.-]*(/[\w-][\w.-]*)?"
 MAX_BAD = 0.05
-WORKER_TIMEOUT = 600.0
-# Fewer images than this are read faster than worker processes start.
-FEW_IMAGES = 256
+# Seconds between looks after workers that give nothing, and until they count as hanging.
+WORKER_POLL, WORKER_TIMEOUT = 5.0, 600.0
+# Images of so many bytes in all are decoded before worker processes would have started.
+FEW_BYTES = 2**24
 PREFETCH = 2
 # Of an answer while images are decoded into memory: little, as the shared memory of containers is.
 LOAD_BYTES = 2**21
@@ -148,6 +152,9 @@ def open_dataset(
     path = Path(dataset).expanduser()
     files = _scan(path) if path.is_dir() and dataset != "digits" else None
     held_out = HELD_OUT
+    if files and files.tables and files.images:
+        count = f"{files.tables} tables and {len(files.images)} images"
+        raise ByolTimmError(f"data folder {dataset} holds {count}. give the folder of one kind")
     if dataset == "digits" or (files and not files.tables):
         for flag, value in dict(dataset_config=config, image_column=image_column, label_column=label_column).items():
             if value is not None:
@@ -230,7 +237,7 @@ class TrainingBatches:
         self.images, self.seed, self.start_step = images, seed, start_step
         self.batch_size, self.global_batch, self.rank, self.world = batch_size, global_batch, rank, world
         self.on_bad_image = on_bad_image
-        self.workers = _worker_count(workers)
+        self.workers = workers
         self.bad: dict[int, str] = {}
         self._cut = cut
         self._running: Generator[Batch] | None = None
@@ -249,11 +256,8 @@ class TrainingBatches:
     def __enter__(self) -> "TrainingBatches":
         return self
 
-    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
-        # The death of a worker interrupts the main process wherever it is.
-        if isinstance(error, RuntimeError) and (fault := _worker_error(error)):
-            raise fault from error
 
     def close(self) -> None:
         """End the workers."""
@@ -281,7 +285,7 @@ class TrainingBatches:
         crops = self._cut(next(_readable(self.images, 100, self.images.decode)), 0)
         reader = _CropReader(self.images, self._cut)
         seen = replaced = 0
-        answers = _stream(reader, self._ordinals(), self.workers, crops.numel() * self.batch_size)
+        answers = _stream(reader, self._ordinals(), _worker_count(self.workers), crops.numel() * self.batch_size)
         with contextlib.closing(answers):
             for crops, ordinals, bad in answers:
                 self._note(bad)
@@ -299,7 +303,7 @@ class TrainingBatches:
             return None
         pixels, good = torch.empty(n, *shape, dtype=torch.uint8), torch.zeros(n, dtype=torch.bool)
         chunk = max(1, min(256, LOAD_BYTES // shape.numel()))
-        workers = self.workers if n > FEW_IMAGES else 0
+        workers = _worker_count(self.workers, n * shape.numel())
         reader = _ImageReader(self.images, _SameShape(shape))
         answers = _stream(reader, torch.arange(n).split(chunk), workers, chunk * shape.numel())
         bar = tqdm(total=n, unit="image", desc="decoding", disable=True if self.rank else None)
@@ -354,10 +358,10 @@ def evaluation_batches(
     Images that cannot be read are left out, with one warning.
     """
     chosen = _chosen(images, indices)
-    pixels = _example(images, chosen, transform)
-    processes = _worker_count(workers) if len(chosen) > FEW_IMAGES else 0
+    example = _example(images, chosen)
+    count, size = _worker_count(workers, len(chosen) * example.numel()), transform(example).numel()
     bad: dict[int, str] = {}
-    answers = _stream(_ImageReader(images, transform), chosen.split(batch_size), processes, pixels.numel() * batch_size)
+    answers = _stream(_ImageReader(images, transform), chosen.split(batch_size), count, size * batch_size)
     with contextlib.closing(answers):
         for pixels, good, reasons in answers:
             bad |= reasons
@@ -377,7 +381,7 @@ def load_pixels(
 ) -> tuple[Tensor, Tensor]:
     """All of `evaluation_batches` in memory: uint8 [M, C, height, width] and the int64 indices of those M images."""
     chosen = _chosen(images, indices)
-    shape = _example(images, chosen, transform).shape
+    shape = transform(_example(images, chosen)).shape
     pixels, good, count = torch.empty(len(chosen), *shape, dtype=torch.uint8), torch.empty_like(chosen), 0
     for part, found in evaluation_batches(images, transform, batch_size=32, workers=workers, indices=indices):
         place = slice(count, count + len(found))
@@ -387,12 +391,12 @@ def load_pixels(
 
 
 def _chosen(images: Images, indices: Array | Sequence[int] | None) -> Tensor:
-    return torch.arange(len(images)) if indices is None else torch.as_tensor(np.asarray(indices, dtype=np.int64))
+    return torch.arange(len(images)) if indices is None else torch.from_numpy(np.array(indices, dtype=np.int64))
 
 
-def _example(images: Images, indices: Tensor, transform: Callable[[Tensor], Tensor]) -> Tensor:
+def _example(images: Images, indices: Tensor) -> Tensor:
     images = images.subset(indices.numpy())
-    return transform(next(_readable(images, 100, images.decode)))
+    return next(_readable(images, 100, images.decode))
 
 
 # Reading in processes
@@ -475,35 +479,45 @@ def _stream(reader: Any, requests: Iterable[Any], workers: int, request_bytes: i
         batch_size=None,
         num_workers=workers,
         prefetch_factor=PREFETCH if workers else None,
-        timeout=WORKER_TIMEOUT if workers else 0,
+        timeout=WORKER_POLL if workers else 0,
         worker_init_fn=_start_worker,
         pin_memory=torch.cuda.is_available(),
     )
-    try:
-        yield from loader
-    except RuntimeError as error:
-        if fault := _worker_error(error):
-            raise fault from error
-        raise
+    answers, waited = _started(loader), 0.0
+    fault = f"data loading gave nothing for {WORKER_TIMEOUT:.0f} s"
+    while waited < WORKER_TIMEOUT:
+        try:
+            answer = next(answers)
+        except StopIteration:
+            return
+        except RuntimeError as error:
+            if "DataLoader timed out" in str(error):
+                waited += WORKER_POLL
+                continue
+            death = re.match(r"DataLoader (worker \(pid.*(killed by signal: [\w ]+|exited unexpectedly))", str(error))
+            if not death:
+                raise
+            fault = f"data loading {death[1]}"
+            break
+        waited = 0.0
+        yield answer
+    # Now that the error of the loader is gone nothing else holds it: this ends the other workers.
+    del answers
+    raise WorkerError(f"{fault}. often out of (shared) memory or a broken image: retry with --workers 0 to find it")
+
+
+def _started(loader: DataLoader[Any]) -> Iterator[Any]:
+    """An iterator whose workers' deaths show when it is asked for more, not in whatever the process is doing then."""
+    handler = signal.getsignal(signal.SIGCHLD)
+    answers = iter(loader)
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGCHLD, handler)
+    return answers
 
 
 def _start_worker(_: int) -> None:
     # A group of its own: Ctrl-C and the launcher's signals are for the main process, which ends the workers.
     os.setpgid(0, 0)
-
-
-def _worker_error(error: RuntimeError) -> WorkerError | None:
-    message = str(error)
-    if "DataLoader timed out" in message:
-        return WorkerError(
-            f"no data for {WORKER_TIMEOUT:.0f} s, a worker hangs. retry with --workers 0 to find out where"
-        )
-    if re.search(r"DataLoader worker \(pid.*(killed by signal|exited unexpectedly)", message):
-        what = " ".join(message.split(". ")[0].split()).removeprefix("DataLoader ")
-        return WorkerError(
-            f"data loading {what}. often out of (shared) memory or a broken image: retry with --workers 0 to find it"
-        )
-    return None
 
 
 def _check_shared_memory(needed: int, folder: str = "/dev/shm") -> None:
@@ -517,10 +531,12 @@ def _check_shared_memory(needed: int, folder: str = "/dev/shm") -> None:
         )
 
 
-def _worker_count(workers: int | None) -> int:
-    """As many as asked for, or one per core of this process, at most 8."""
+def _worker_count(workers: int | None, num_bytes: float = math.inf) -> int:
+    """As many as asked for; else one per core of this process, at most 8, or none for few bytes of decoded images."""
     if workers is not None:
         return workers
+    if num_bytes < FEW_BYTES:
+        return 0
     cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
     return max(1, min(8, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
 
@@ -710,8 +726,9 @@ class _Rows:
         import datasets
 
         self.column, self.split = column, split
-        self.arrays = isinstance(table.features[column], (datasets.Array2D, datasets.Array3D))
-        self.table = table.select_columns([column]).with_format("numpy" if self.arrays else "arrow")
+        kind, table = table.features[column], table.select_columns([column])
+        self.arrays = isinstance(kind, (datasets.Array2D, datasets.Array3D))
+        self.table = table.with_format("numpy", dtype=kind.dtype) if self.arrays else table.with_format("arrow")
         self._cells: pyarrow.ChunkedArray | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -874,14 +891,14 @@ def _scan(folder: Path) -> _Listing:
         try:
             status = os.stat(path)
             with os.scandir(path) as listing:
-                entries = [(entry, entry.is_dir()) for entry in listing if not entry.name.startswith(".")]
+                entries = [entry for entry in listing if not entry.name.startswith(".")]
         except OSError as error:
             raise ByolTimmError(f"folder {_printable(path)} cannot be read ({error.strerror})") from error
         if (status.st_dev, status.st_ino) in above:
             continue
-        for entry, is_folder in entries:
+        for entry in entries:
             suffix = os.path.splitext(entry.name)[1].lower()
-            if is_folder:
+            if entry.is_dir(follow_symlinks=False) or (entry.is_symlink() and os.path.isdir(entry.path)):
                 walk.append((entry.path, f"{prefix}{entry.name}/", above | {(status.st_dev, status.st_ino)}))
             elif suffix in EXTENSIONS:
                 names.append(prefix + entry.name)
