@@ -81,7 +81,7 @@ def model_card(
         "## Data\n\n" + _data(data),
         "## Results\n\n" + _results(record, data),
         "## Did it collapse?\n\n" + _health(record.get("health") or {}),
-        "## Limits\n\n" + LIMITS,
+        "## Limits\n\n" + "\n".join([*(f"- {note}" for note in record.get("notes") or []), LIMITS]),
         "## Licence\n\n" + _licence(license),
         "## Citation\n\n" + CITATION,
     ]
@@ -229,7 +229,7 @@ print(backbone.feature_info.channels(), backbone.feature_info.reduction())
 
 def _recipe(record: Mapping[str, Any]) -> str:
     settings = record.get("config") or {}
-    rows = [("backbone", record.get("backbone"))]
+    rows = [("backbone", record.get("backbone")), ("converted from", record.get("converted_from"))]
     rows += [(f"backbone's {key}", value) for key, value in (record.get("backbone_kwargs") or {}).items()]
     rows += [(text, settings.get(key)) for key, text in RECIPE_ROWS.items()]
     rows += [("epochs", record.get("epochs")), ("steps", record.get("steps"))]
