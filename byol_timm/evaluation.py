@@ -20,10 +20,12 @@ from torch import Tensor, nn
 from .augment import Augmentation, EvaluationTransform, TwoViews
 from .augment import normalize as normalize_pixels
 from .byol import normalize
-from .data import Images, TrainingBatches, epoch_order, evaluation_batches
-from .defaults import crop_pct, normalization
+from .config import EvaluationConfig
+from .data import Images, Splits, TrainingBatches, epoch_order, evaluation_batches, open_dataset
+from .defaults import crop_pct, has_convolutions, normalization
 from .encoder import encoder_width
 from .errors import ByolTimmError
+from .hub import load_encoder
 from .optim import learning_rate
 
 Array = NDArray[Any]
@@ -103,6 +105,31 @@ class Preparation:
         size = wanted["input_size"][1:]
         transform = EvaluationTransform(size, crop_pct=max(wanted["crop_pct"], crop_pct(min(size))))
         return cls(transform, *normalization(encoder, in_chans), **settings)
+
+
+def open_evaluation(config: EvaluationConfig) -> tuple[nn.Module, Splits, Preparation]:
+    """The encoder that the settings name, on a GPU where there is one, its images, and how they become its input.
+
+    Raises `ByolTimmError` for images of which none are held out with a label.
+    """
+    encoder = load_encoder(
+        config.encoder, image_size=config.image_size, in_chans=config.in_chans, pretrained=config.pretrained
+    )
+    channels = resolve_model_data_config(encoder)["input_size"][0]
+    splits = open_dataset(
+        config.dataset,
+        config=config.dataset_config,
+        split=config.split,
+        image_column=config.image_column,
+        label_column=config.label_column,
+        in_chans=channels,
+        seed=config.seed,
+    )
+    if splits.test is None:
+        raise ByolTimmError(f"{config.dataset} has no labels to evaluate with. Name their column with --label_column")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    preparation = Preparation.of(encoder, channels, channels_last=has_convolutions(encoder), workers=config.workers)
+    return encoder.to(device).eval(), splits, preparation
 
 
 def dataset_features(

@@ -197,7 +197,9 @@ def fetch_encoder(name: str) -> Path:
     return Path(path).parent
 
 
-def load_encoder(name: str, *, image_size: int | None = None, in_chans: int | None = None, **settings: Any) -> nn.Module:
+def load_encoder(
+    name: str, *, image_size: int | None = None, in_chans: int | None = None, **settings: Any
+) -> nn.Module:
     """`create_encoder` with what is behind `hf-hub:` or `local-dir:` fetched and checked first.
 
     image_size, in_chans: None takes those the encoder was trained with, and of a bare timm name its own size and RGB.

@@ -177,6 +177,11 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def write_json(path: Path, values: Any) -> None:
+    """Write values as a JSON file that people can read; numbers in it must be finite."""
+    path.write_text(json.dumps(values, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+
+
 class CollapseAlarm:
     """Watches for a network that gives every image the same output, and says so in one line.
 
@@ -187,7 +192,7 @@ class CollapseAlarm:
 
     # Collapse shows in the projections long before it reaches the representation, whose spread differs from one family
     # to the next. Lowest `projection_std` of 15 healthy runs of 5 families (SGD, AdamW, LARS; 50 to 1,500 steps on
-    # digits): 0.29. Highest of 10 runs without predictor, after 40 steps: 0.16. Lowest `feature_std` of the same healthy
+    # digits): 0.29. Highest of 10 runs without predictor, after 40 steps: 0.16. Lowest `feature_std` of the healthy
     # runs: 0.008, a ViT under LARS; a network that a huge learning rate has killed: below 0.0005.
     MIN_PROJECTION_STD = 0.2
     MIN_FEATURE_STD = 0.002

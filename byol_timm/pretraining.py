@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import hashlib
-import json
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -58,7 +57,7 @@ from .evaluation import extract_features, knn
 from .hub import check_push, load_encoder, push_encoder, save_encoder
 from .interruption import Interrupted, Interruption, agree
 from .launch import average_batch_statistics, check_same, create_accelerator, on_main_process, raise_first
-from .metrics import CollapseAlarm, MetricsLog, effective_rank, read_metrics
+from .metrics import CollapseAlarm, MetricsLog, effective_rank, read_metrics, write_json
 from .optim import create_optimizer, learning_rate
 from .report import save_curves, save_embedding, save_views
 from .summary import banner, closing, environment
@@ -138,7 +137,7 @@ def pretrain(config: PretrainConfig) -> nn.Module:
             step, saved = _resume(settings, schedule, data, folder / "checkpoints", byol, optimizer)
         if accelerator.is_main_process:
             (folder / "config.yaml").write_text(to_yaml(settings), encoding="utf-8")
-            _write_json(folder / "environment.json", environment(accelerator))
+            write_json(folder / "environment.json", environment(accelerator))
         accelerator.init_trackers(
             "byol_timm", config={name: str(v) for name, v in dataclasses.asdict(settings).items()}
         )
@@ -546,7 +545,7 @@ def _not_finite(
     if accelerator.is_main_process:
         facts = {"step": step, "lr": lr, "loss": loss, "grad_norm": norm, "ordinals": ordinals}
         (folder / "debug").mkdir(exist_ok=True)
-        _write_json(folder / "debug" / f"step-{step}.json", {name: _number(value) for name, value in facts.items()})
+        write_json(folder / "debug" / f"step-{step}.json", {name: _number(value) for name, value in facts.items()})
     return ByolTimmError(
         f"loss or gradient is not finite at step {step} (loss {loss:g}, gradient norm {norm:g}, lr {lr:g}). Lower --lr "
         f"and start anew; see {folder / 'debug' / f'step-{step}.json'}. Checkpoints hold the last good step"
@@ -612,10 +611,6 @@ def _finish(
         record=record,
         pictures=pictures,
     )
-    _write_json(folder / "results.json", redact(record))
+    write_json(folder / "results.json", redact(record))
     for line in closing(config, folder, record):
         logger.info(line)
-
-
-def _write_json(path: Path, values: Any) -> None:
-    path.write_text(json.dumps(values, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")

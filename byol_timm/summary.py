@@ -2,6 +2,7 @@
 
 import platform
 import shlex
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -132,6 +133,17 @@ def closing(config: Any, folder: Path, record: dict[str, Any]) -> list[str]:
         f"  python recipes/push_encoder.py {place} user/name",
     ]
     return lines
+
+
+def accuracy_lines(metrics: Mapping[str, Any], class_names: Sequence[str]) -> list[str]:
+    """`classification_metrics` for people: accuracies in percent, and the classes that go wrong most."""
+    low, high = metrics["top1_interval"]
+    lines = [f"  top-1 {metrics['top1']:6.1%} of {metrics['images']:,} images (95 % interval {low:.1%} to {high:.1%})"]
+    if metrics["top5"] is not None:
+        lines += [f"  top-5 {metrics['top5']:6.1%}"]
+    known = [(share, name) for share, name in zip(metrics["per_class"], class_names, strict=False) if share is not None]
+    worst = ", ".join(f"{name} {share:.1%}" for share, name in sorted(known)[:3])
+    return [*lines, f"  mean per class {metrics['mean_per_class']:.1%}; lowest: {worst}"]
 
 
 def _millions(module: nn.Module) -> str:

@@ -1,0 +1,40 @@
+"""Fine-tune an encoder together with a classifier.
+
+    python recipes/finetune.py --encoder local-dir:runs/resnet18-digits/encoder --dataset digits
+    python recipes/finetune.py --encoder hf-hub:user/name --dataset path/to/images --protocol byol-semi-10
+
+Learning rate and epochs are chosen on held-out training images, never on the test images.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from byol_timm.config import EvaluationConfig, parse, run
+
+
+@dataclass(frozen=True)
+class FinetuneConfig(EvaluationConfig):
+    """Train an encoder and a linear classifier on top of it together, and test them on held-out images."""
+
+    protocol: str = "quick"
+    """quick; byol-semi-1 and byol-semi-10: on 1 % and 10 % of every class's labels."""
+
+
+def main() -> None:
+    config = parse(FinetuneConfig)
+
+    from byol_timm.evaluation import open_evaluation, train_classifier
+    from byol_timm.metrics import write_json
+    from byol_timm.summary import accuracy_lines
+
+    encoder, splits, preparation = open_evaluation(config)
+    settings = dict(protocol=config.protocol, seed=config.seed)
+    metrics = train_classifier(encoder, splits.train, splits.test, preparation, frozen=False, **settings).metrics
+    print(f"fine-tuning ({metrics['protocol']}) of {config.encoder} on {config.dataset}")
+    print(*accuracy_lines(metrics, splits.train.class_names), sep="\n")
+    if config.output:
+        write_json(Path(config.output), {"encoder": config.encoder, "dataset": config.dataset, **metrics})
+
+
+if __name__ == "__main__":
+    run(main)

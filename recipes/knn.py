@@ -1,0 +1,49 @@
+"""k-nearest-neighbour accuracy of an encoder.
+
+    python recipes/knn.py --encoder local-dir:runs/resnet18-digits/encoder --dataset digits
+    python recipes/knn.py --encoder resnet18 --pretrained --dataset path/to/images --k 200
+
+The whole training split is the bank, the whole held-out split the queries.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from byol_timm.config import EvaluationConfig, parse, run
+
+
+@dataclass(frozen=True)
+class KnnConfig(EvaluationConfig):
+    """k-nearest-neighbour accuracy of an encoder: by cosine, votes weighted by exp(cosine / temperature)."""
+
+    k: int = 20
+    """Neighbours that vote."""
+    temperature: float = 0.07
+    """Of the votes."""
+    center: bool = True
+    """Subtract the mean of the training features first."""
+
+
+def main() -> None:
+    config = parse(KnnConfig)
+
+    from byol_timm.evaluation import classification_metrics, dataset_features, knn_scores, open_evaluation
+    from byol_timm.metrics import write_json
+    from byol_timm.summary import accuracy_lines
+
+    encoder, splits, preparation = open_evaluation(config)
+    bank, banked = dataset_features(encoder, splits.train, preparation)
+    queries, queried = dataset_features(encoder, splits.test, preparation)
+    settings = dict(k=config.k, temperature=config.temperature, center=config.center)
+    class_names = splits.train.class_names
+    scores = knn_scores(bank, splits.train.labels[banked], queries, num_classes=len(class_names), **settings)
+    metrics = classification_metrics(scores, splits.test.labels[queried])
+    print(f"{config.k}-NN accuracy of {config.encoder} on {config.dataset}, {len(bank):,} images in the bank")
+    print(*accuracy_lines(metrics, class_names), sep="\n")
+    if config.output:
+        chosen = {"encoder": config.encoder, "dataset": config.dataset, "bank_images": len(bank), **settings}
+        write_json(Path(config.output), {**chosen, **metrics})
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,75 @@
+"""What the README and the recipes promise, typed as a user types it."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+RECIPES = sorted(path.name for path in (ROOT / "recipes").glob("*.py"))
+BIN = Path(sys.executable).parent
+
+
+def call(arguments, folder, **variables):
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PATH": f"{BIN}:{os.environ['PATH']}", **variables}
+    return subprocess.run(arguments, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_help_says_how_to_use_it(recipe):
+    result = call([sys.executable, ROOT / "recipes" / recipe, "--help"], ROOT)
+    assert result.returncode == 0, result.stderr
+    assert "usage" in result.stdout.lower()
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_wrong_flag_is_one_line_and_exit_code_2(recipe):
+    result = call([sys.executable, ROOT / "recipes" / recipe, "--bacbone", "resnet18"], ROOT)
+    assert result.returncode == 2
+    [line] = result.stderr.splitlines()
+    assert line.startswith("byol_timm: error: unknown flag --bacbone")
+
+
+def test_help_of_pretrain_does_not_wait_for_torch():
+    script = (
+        "import sys, runpy; sys.argv = ['pretrain.py', '--help']\n"
+        "try: runpy.run_path('recipes/pretrain.py', run_name='__main__')\n"
+        "except SystemExit: pass\n"
+        "assert 'torch' not in sys.modules and 'timm' not in sys.modules"
+    )
+    assert call([sys.executable, "-c", script], ROOT).returncode == 0
+
+
+def test_python_blocks_of_the_readme_run(tmp_path):
+    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    runnable = [block for block in blocks if "runs/" not in block]
+    assert runnable
+    for block in runnable:
+        result = call([sys.executable, "-c", block], tmp_path, OMP_NUM_THREADS="1")
+        assert result.returncode == 0, f"{block}\n{result.stderr}"
+
+
+@pytest.mark.slow
+def test_the_readmes_commands_lead_from_images_to_a_probe(tmp_path):
+    """The first command with a smaller network, then what its last lines say to type next."""
+    (tmp_path / "recipes").symlink_to(ROOT / "recipes")
+    [first] = re.findall(r"&& (accelerate launch recipes/pretrain\.py --backbone resnet18)$", README, re.MULTILINE)
+    command = first.replace("resnet18", "test_resnet").split() + ["--epochs", "1", "--hidden_dim", "64"]
+    result = call(command, tmp_path, OMP_NUM_THREADS="1")
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert "Traceback" not in result.stderr
+    table, following = result.stdout.split("20-NN accuracy", 1)[1].split("next\n")
+    assert re.search(r"raw pixels\s+9\d\.\d %", table)
+    assert (tmp_path / "runs/test_resnet-digits/encoder/model.safetensors").exists()
+    own_data, probe, push = (line.strip() for line in following.strip().splitlines())
+    assert own_data == "accelerate launch recipes/pretrain.py --backbone test_resnet --dataset path/to/images"
+    result = call(probe.split(), tmp_path, OMP_NUM_THREADS="1")
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert re.search(r"\d\d\.\d %", result.stdout)
+    result = call([*push.split(), "--dry_run"], tmp_path)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert "model.safetensors" in result.stdout
