@@ -21,12 +21,13 @@ from .augment import Augmentation, EvaluationTransform, TwoViews
 from .augment import normalize as normalize_pixels
 from .byol import normalize
 from .config import EvaluationConfig
-from .data import Images, Splits, TrainingBatches, epoch_order, evaluation_batches, open_dataset
+from .data import TrainingBatches, epoch_order, evaluation_batches
 from .defaults import crop_pct, has_convolutions, normalization
 from .encoder import encoder_width
 from .errors import ByolTimmError
 from .hub import load_encoder
 from .optim import learning_rate
+from .sources import Images, Splits, open_dataset
 
 Array = NDArray[Any]
 Labels = Tensor | NDArray[np.int64]

@@ -29,17 +29,8 @@ from .checkpoint import (
     restore_optimizer,
 )
 from .config import PretrainConfig, to_yaml
-from .data import (
-    BadImage,
-    Batch,
-    Images,
-    Splits,
-    TrainingBatches,
-    fingerprint,
-    load_pixels,
-    open_dataset,
-    subset_indices,
-)
+from .data import Batch, TrainingBatches, load_pixels, subset_indices
+from .decoding import BadImage
 from .defaults import (
     check,
     crop_pct,
@@ -60,6 +51,7 @@ from .launch import average_batch_statistics, check_same, create_accelerator, on
 from .metrics import CollapseAlarm, MetricsLog, effective_rank, read_metrics, write_json
 from .optim import create_optimizer, learning_rate
 from .report import save_curves, save_embedding, save_views
+from .sources import Images, Splits, fingerprint, open_dataset
 from .summary import banner, closing, environment
 
 logger = logging.getLogger(__name__)

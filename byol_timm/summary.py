@@ -13,9 +13,9 @@ from torch import nn
 
 from .augment import omitted_operations
 from .byol import BYOL
-from .data import Splits
 from .defaults import has_batch_norm, resolve_augmentation
 from .encoder import encoder_width
+from .sources import Splits
 
 PACKAGES = ("byol_timm", "torch", "timm", "accelerate", "datasets", "huggingface_hub")
 

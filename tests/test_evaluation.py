@@ -15,7 +15,6 @@ from torch import nn
 
 from byol_timm import evaluation
 from byol_timm.augment import EvaluationTransform
-from byol_timm.data import open_dataset
 from byol_timm.encoder import create_encoder
 from byol_timm.errors import ByolTimmError
 from byol_timm.evaluation import (
@@ -38,6 +37,7 @@ from byol_timm.evaluation import (
     shard,
     train_classifier,
 )
+from byol_timm.sources import open_dataset
 
 MEAN, STD = (0.2,), (0.3,)
 DIGITS = load_digits()

@@ -58,7 +58,7 @@ def test_the_readmes_commands_lead_from_images_to_a_probe(tmp_path):
     """The first command with a smaller network, then what its last lines say to type next."""
     (tmp_path / "recipes").symlink_to(ROOT / "recipes")
     [first] = re.findall(r"&& (accelerate launch recipes/pretrain\.py --backbone resnet18)$", README, re.MULTILINE)
-    command = first.replace("resnet18", "test_resnet").split() + ["--epochs", "1", "--hidden_dim", "64"]
+    command = [*first.replace("resnet18", "test_resnet").split(), "--epochs", "1", "--hidden_dim", "64"]
     result = call(command, tmp_path, OMP_NUM_THREADS="1")
     assert result.returncode == 0, result.stderr[-3000:]
     assert "Traceback" not in result.stderr

@@ -1,0 +1,123 @@
+"""Decoding: an open file to the pixels of an upright image, or the reason why it is none."""
+
+import contextlib
+import itertools
+import warnings
+from collections.abc import Iterator
+from functools import cache
+from typing import Any, BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps, ImageSequence, UnidentifiedImageError
+
+Array = NDArray[Any]
+
+# Formats that are read, whatever the name of the file says: none of them runs a program, as PostScript would.
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "DIB", "TIFF", "GIF", "PPM", "JPEG2000", "AVIF")
+
+
+class BadImage(Exception):
+    """An image that cannot be used; the message is the reason."""
+
+
+def decode(file: BinaryIO, channels: int) -> Array:
+    """The image in an open file, uint8 [channels, H, W], upright; alpha on white unless `channels` is 4.
+
+    Of an animation the first frame. 16-bit values are scaled to 8. Anything else that does not give that many channels,
+    or that is not whole, is a `BadImage`.
+    """
+    with _opened(file) as image:
+        if isinstance(image, np.ndarray):
+            return from_array(image, channels)
+        return _pixels(image, channels) if channels in (1, 3, 4) else _stack(image, channels)
+
+
+@contextlib.contextmanager
+def _opened(file: BinaryIO) -> Iterator[Image.Image | Array]:
+    """The image or array in a file, by its content; whatever happens to it inside the context is a `BadImage`."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            magic = file.read(6)
+            file.seek(0)
+            if magic == b"\x93NUMPY":
+                yield np.load(file, allow_pickle=False)
+            else:
+                with Image.open(file, formats=_formats()) as image:
+                    yield image
+    except BadImage:
+        raise
+    except UnidentifiedImageError:
+        raise BadImage("not an image in a known format" if magic else "the file is empty") from None
+    except Exception as error:
+        # Decoders raise all kinds: OSError, SyntaxError, ValueError, struct.error, MemoryError, ...
+        raise BadImage(" ".join(str(error).split()) or type(error).__name__) from error
+
+
+def from_array(array: Array, channels: int) -> Array:
+    """Uint8 [channels, H, W] of an array [H, W], [H, W, C] or [C, H, W], uint8 or uint16."""
+    if array.ndim == 2:
+        array = array[None]
+    elif array.ndim != 3:
+        raise BadImage(f"array of shape {array.shape} is no image")
+    elif array.shape[2] == channels or array.shape[0] not in (1, channels):
+        array = array.transpose(2, 0, 1)
+    if array.dtype == np.uint16:
+        array = _from_16_bit(array)
+    if array.dtype != np.uint8:
+        raise BadImage(f"{array.dtype} values, not uint8 or uint16")
+    if len(array) == 1 and channels == 3:
+        array = array.repeat(3, axis=0)
+    if len(array) != channels:
+        raise BadImage(f"{len(array)} channels, not {channels}")
+    if not array.size:
+        raise BadImage("no pixels")
+    return np.ascontiguousarray(array)
+
+
+@cache
+def _formats() -> tuple[str, ...]:
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
+
+
+def _from_16_bit(values: Array) -> Array:
+    return ((values.astype(np.uint32) + 128) // 257).astype(np.uint8)
+
+
+def _gray_16_bit(image: Image.Image) -> bool:
+    # Older releases of PIL, and PPM in all of them, hold 16 bits in a mode of 32.
+    return image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
+
+
+def _pixels(image: Image.Image, channels: int) -> Array:
+    ImageOps.exif_transpose(image, in_place=True)
+    if _gray_16_bit(image):
+        image = Image.fromarray(_from_16_bit(np.asarray(image)))
+    elif image.mode in ("I", "F"):
+        raise BadImage(f"32-bit values (mode {image.mode}) of unknown range, not 8 or 16 bits")
+    if image.has_transparency_data and channels != 4:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    pixels = np.array(image.convert({1: "L", 3: "RGB", 4: "RGBA"}[channels]))
+    return np.atleast_3d(pixels).transpose(2, 0, 1)
+
+
+def _stack(image: Image.Image, channels: int) -> Array:
+    """The frames of a grey stack as channels."""
+    frames = []
+    for frame in itertools.islice(ImageSequence.Iterator(image), channels + 1):
+        if not (frame.mode == "L" or _gray_16_bit(frame)):
+            raise BadImage(f"frames of mode {frame.mode}, not grey ones for {channels} channels")
+        pixels = np.array(frame)
+        frames.append(pixels if frame.mode == "L" else _from_16_bit(pixels))
+    if len(frames) != channels or len({frame.shape for frame in frames}) != 1:
+        raise BadImage(f"not a stack of {channels} frames of one size, for {channels} channels")
+    return np.stack(frames)
+
+
+def longer_side(file: BinaryIO) -> int:
+    """The longer side in pixels of the image in an open file; raises `BadImage`."""
+    with _opened(file) as image:
+        return max(image.shape if isinstance(image, np.ndarray) else image.size)
