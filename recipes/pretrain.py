@@ -6,17 +6,8 @@
 Without --dataset it trains on scikit-learn's digits, offline, in minutes on a CPU. --help lists all settings.
 """
 
-from byol_timm.config import PretrainConfig, parse, run
-
-
-def main() -> None:
-    config = parse(PretrainConfig)
-
-    # Only now: --help and a wrong flag are answered without waiting for torch.
-    from byol_timm import pretrain
-
-    pretrain(config)
-
+from byol_timm.__main__ import main
+from byol_timm.config import run
 
 if __name__ == "__main__":
     run(main)

@@ -1,4 +1,8 @@
+import os
 from pathlib import Path
+
+# One thread for each process: tests run side by side, and so do the processes that they start.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 import pytest

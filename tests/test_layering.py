@@ -20,7 +20,7 @@ LAYERS = [
     ["evaluation", "convert"],
     ["summary"],
     ["pretraining"],
-    ["__init__"],
+    ["__init__", "__main__"],
 ]  # fmt: skip
 OWNERS = {
     "accelerate": {"launch", "pretraining", "summary"},
