@@ -51,6 +51,8 @@ class PretrainConfig:
     """Column that holds the images; None: the only one of type image."""
     label_column: str | None = None
     """Column that holds the labels, used for evaluation only; None: the only one of type class label."""
+    image_share: float = 1.0
+    """Share of the training images to train on, drawn by the seed; a smaller share is part of a larger one."""
     workers: int | None = None
     """Data loading processes for images that do not fit in memory; None: one per core, at most 8."""
     memory_limit: float = 2.0

@@ -63,6 +63,14 @@ def epoch_order(seed: int, epoch: int, n: int) -> Tensor:
     return torch.from_numpy(np.random.default_rng((seed % 2**64, epoch)).permutation(n))
 
 
+def share_indices(count: int, share: float, seed: int) -> Array:
+    """Sorted indices of that share (0 to 1) of `count` images, at least one, whatever their labels.
+
+    A smaller share of the same seed is part of a larger one.
+    """
+    return np.sort(np.random.default_rng(seed % 2**64).permutation(count)[: max(1, round(share * count))])
+
+
 def subset_indices(labels: Array, size: int, seed: int) -> Array:
     """Sorted indices of at most `size` labelled images, of every class as nearly equally many as there are."""
     order = np.random.default_rng(seed % 2**64).permutation(np.flatnonzero(labels >= 0))

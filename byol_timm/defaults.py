@@ -126,6 +126,8 @@ def check(config: PretrainConfig) -> None:
         for number in value if isinstance(value, tuple) else (value,):
             if number is not None and not 0 <= number <= 1:
                 raise ByolTimmError(f"--{name} must lie between 0 and 1 ({number})")
+    if not 0 < config.image_share <= 1:
+        raise ByolTimmError(f"--image_share must lie above 0 and be at most 1 ({config.image_share})")
     if config.crop_scale is not None and not 0 < config.crop_scale[0] <= config.crop_scale[1]:
         raise ByolTimmError(f"--crop_scale takes the lowest and the highest area {config.crop_scale}")
     if config.num_head_layers not in (None, 2, 3):

@@ -29,7 +29,7 @@ from .checkpoint import (
     restore_optimizer,
 )
 from .config import PretrainConfig, to_yaml
-from .data import Batch, TrainingBatches, load_pixels, subset_indices
+from .data import Batch, TrainingBatches, load_pixels, share_indices, subset_indices
 from .decoding import BadImage
 from .defaults import (
     check,
@@ -88,10 +88,9 @@ def pretrain(config: PretrainConfig) -> nn.Module:
 
         # The images, the encoder that fits them, and what both leave to choose.
         with accelerator.main_process_first():
-            splits = _open_images(config)
+            splits = open_images(config)
             settings = resolve_images(config, splits.train.side())
-            torch.manual_seed(settings.seed)
-            encoder = _create_encoder(settings)
+            encoder = initial_encoder(settings)
         forwards = accelerator.num_processes * accelerator.gradient_accumulation_steps
         settings = resolve_training(settings, encoder, len(splits.train), forwards)
         schedule = Schedule.of(settings, len(splits.train), forwards)
@@ -260,6 +259,40 @@ def pretrain(config: PretrainConfig) -> nn.Module:
     return encoder.eval()
 
 
+def open_images(config: PretrainConfig) -> Splits:
+    """The images that the settings name, of those to train on the share that they name, and those held out."""
+    splits = open_dataset(
+        config.dataset,
+        config=config.dataset_config,
+        split=config.split,
+        image_column=config.image_column,
+        label_column=config.label_column,
+        in_chans=config.in_chans,
+        seed=config.seed,
+    )
+    if config.image_share == 1:
+        return splits
+    train = splits.train.subset(share_indices(len(splits.train), config.image_share, config.seed))
+    return Splits(train, splits.test, f"{splits.note}; {config.image_share:.3g} of the images to train on are used")
+
+
+def initial_encoder(config: Any) -> nn.Module:
+    """The encoder that training starts from: weights drawn by the seed of the settings, or pretrained ones.
+
+    config: with the size of the images chosen. torch's random state goes on from there.
+    """
+    torch.manual_seed(config.seed)
+    return load_encoder(
+        config.backbone,
+        image_size=config.image_size,
+        in_chans=config.in_chans,
+        pretrained=config.pretrained,
+        auto_kwargs="auto" in config.backbone_kwargs,
+        zero_init_last=config.zero_init_last,
+        **_backbone_kwargs(config),
+    )
+
+
 def train_step(
     accelerator: Accelerator,
     model: nn.Module,
@@ -410,30 +443,6 @@ def _claim(folder: Path, config: PretrainConfig, stack: contextlib.ExitStack) ->
         check_push(config.push_to_hub, public=config.public)
     prepare_output_dir(folder, resume=config.resume, overwrite=config.overwrite)
     stack.enter_context(lock_folder(folder))
-
-
-def _open_images(config: PretrainConfig) -> Splits:
-    return open_dataset(
-        config.dataset,
-        config=config.dataset_config,
-        split=config.split,
-        image_column=config.image_column,
-        label_column=config.label_column,
-        in_chans=config.in_chans,
-        seed=config.seed,
-    )
-
-
-def _create_encoder(config: Any) -> nn.Module:
-    return load_encoder(
-        config.backbone,
-        image_size=config.image_size,
-        in_chans=config.in_chans,
-        pretrained=config.pretrained,
-        auto_kwargs="auto" in config.backbone_kwargs,
-        zero_init_last=config.zero_init_last,
-        **_backbone_kwargs(config),
-    )
 
 
 def _backbone_kwargs(config: Any) -> dict[str, Any]:

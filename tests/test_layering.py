@@ -20,6 +20,7 @@ LAYERS = [
     ["evaluation", "convert"],
     ["summary"],
     ["pretraining"],
+    ["comparison"],
     ["__init__", "__main__"],
 ]  # fmt: skip
 OWNERS = {
