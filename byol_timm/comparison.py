@@ -403,7 +403,7 @@ def _verdict(table: _Table, mode: str) -> str:
         "is worse than random weights": [s for s, (gain, clear) in gains.items() if clear and gain <= 0],
         "makes no measurable difference": [s for s, (_, clear) in gains.items() if not clear],
     }
-    parts = []
+    parts: list[str] = []
     for what, shares in groups.items():
         if shares:
             listed = [f"{_percent(share)} % ({100 * gains[share][0]:+.1f} points)" for share in shares]

@@ -10,13 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
 
-from .augment import EvaluationTransform, TwoViews
+from .augment import TwoViews
 from .byol import BYOL, HEALTH, target_decay
 from .card import redact
 from .checkpoint import (
@@ -29,7 +28,7 @@ from .checkpoint import (
     restore_optimizer,
 )
 from .config import PretrainConfig, to_yaml
-from .data import Batch, TrainingBatches, load_pixels, share_indices, subset_indices
+from .data import Batch, TrainingBatches, share_indices
 from .decoding import BadImage
 from .defaults import (
     check,
@@ -44,11 +43,12 @@ from .defaults import (
 )
 from .encoder import enable_grad_checkpointing, freeze_parts, parse_kwargs
 from .errors import ByolTimmError
-from .evaluation import extract_features, knn
+from .evaluation import extract_features
 from .hub import check_push, load_encoder, push_encoder, save_encoder
 from .interruption import Interrupted, Interruption, agree
 from .launch import average_batch_statistics, check_same, create_accelerator, on_main_process, raise_first
 from .metrics import CollapseAlarm, MetricsLog, effective_rank, read_metrics, write_json
+from .monitor import NEIGHBOURS, HeldOut
 from .optim import create_optimizer, learning_rate
 from .report import save_curves, save_embedding, save_views
 from .sources import Images, Splits, fingerprint, open_dataset
@@ -60,10 +60,6 @@ MAY_CHANGE = frozenset(
     "batch_size output_dir save_every log_every knn_every resume overwrite max_time on_collapse report_to push_to_hub "
     "public push_training_state dry_run debug workers memory_limit on_bad_image".split()
 )
-NEIGHBOURS = 20
-# A fixed part of the images is enough to see where training goes; `recipes/knn.py` takes all.
-BANK_IMAGES, QUERY_IMAGES, EVALUATION_BYTES = 20_000, 5_000, 2**30
-RAW_PIXELS_SIDE = 32
 MAX_SKIPPED_STEPS = 20
 # Figures of a step that are averaged over processes and over the steps between two lines of metrics.
 FIGURES = ("loss", *HEALTH)
@@ -383,59 +379,6 @@ class Schedule:
     def evaluates(self, step: int, every: int) -> bool:
         """Whether kNN is due after `step` steps: at the start, every so many epochs, at the end."""
         return step == self.total_steps or step % (every * self.steps_per_epoch) == 0
-
-
-class HeldOut:
-    """Labelled images in memory that tell how good the encoder's features are: a bank, and queries held out."""
-
-    def __init__(
-        self, config: Any, train: Images, test: Images, *, mean: Sequence[float], std: Sequence[float]
-    ) -> None:
-        transform = EvaluationTransform(config.image_size, crop_pct=crop_pct(config.image_size))
-        room = EVALUATION_BYTES // (config.in_chans * config.image_size**2)
-        self.bank, self.bank_labels = self._load(train, min(BANK_IMAGES, room * 4 // 5), transform, config)
-        self.queries, self.query_labels = self._load(test, min(QUERY_IMAGES, room // 5), transform, config)
-        self.settings = dict(mean=mean, std=std, channels_last=config.channels_last)
-        self.protocol = (
-            f"{NEIGHBOURS}-NN by cosine, features centred, {len(self.queries):,} images held out against "
-            f"{len(self.bank):,} training images; labels serve evaluation only"
-        )
-
-    @staticmethod
-    def _load(images: Images, limit: int, transform: EvaluationTransform, config: Any) -> tuple[Tensor, Tensor]:
-        labels: Any = images.labels
-        chosen = subset_indices(labels, limit, config.seed)
-        pixels, indices = load_pixels(images, transform, workers=config.workers, indices=chosen)
-        return pixels, torch.as_tensor(labels)[indices]
-
-    def knn(self, encoder: nn.Module, interruption: Interruption | None = None) -> float | None:
-        """20-NN accuracy of the encoder's features, 0 to 1; None when asked to stop in between."""
-
-        def poll() -> None:
-            if interruption is not None and interruption.requested is not None:
-                raise _Stop
-
-        try:
-            bank = extract_features(encoder, self.bank, poll=poll, **self.settings)
-            queries = extract_features(encoder, self.queries, poll=poll, **self.settings)
-        except _Stop:
-            return None
-        return knn(bank, self.bank_labels, queries, self.query_labels, k=NEIGHBOURS)
-
-    def knn_of_pixels(self) -> float:
-        """The same of the pixels themselves, of images not larger than 32x32."""
-        bank, queries = (_thumbnails(pixels).flatten(1) for pixels in (self.bank, self.queries))
-        return knn(bank, self.bank_labels, queries, self.query_labels, k=NEIGHBOURS)
-
-
-class _Stop(Exception):
-    """An evaluation was asked to end."""
-
-
-def _thumbnails(pixels: Tensor) -> Tensor:
-    if pixels.shape[-1] <= RAW_PIXELS_SIDE:
-        return pixels.float()
-    return torch.cat([F.adaptive_avg_pool2d(part.float(), RAW_PIXELS_SIDE) for part in pixels.split(256)])
 
 
 def _claim(folder: Path, config: PretrainConfig, stack: contextlib.ExitStack) -> None:

@@ -18,7 +18,7 @@ LAYERS = [
     ["config", "augment", "data", "optim", "checkpoint", "metrics", "interruption", "card", "encoder", "launch"],
     ["byol", "hub", "defaults", "report"],
     ["evaluation", "convert"],
-    ["summary"],
+    ["summary", "monitor"],
     ["pretraining"],
     ["comparison"],
     ["__init__", "__main__"],
