@@ -24,6 +24,7 @@ _SHOWN = (
     ("feature_std", "std", "{:.3f}"),
     ("effective_rank", "rank", "{:.1f}"),
     ("knn", "kNN", "{:.1%}"),
+    ("linear", "linear", "{:.1%}"),
     ("images_per_second", "images/s", "{:.0f}"),
 )
 

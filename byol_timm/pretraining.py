@@ -41,14 +41,14 @@ from .defaults import (
     resolve_intervals,
     resolve_training,
 )
-from .encoder import enable_grad_checkpointing, freeze_parts, parse_kwargs
+from .encoder import enable_grad_checkpointing, encoder_width, freeze_parts, parse_kwargs
 from .errors import ByolTimmError
 from .evaluation import extract_features
 from .hub import check_push, load_encoder, push_encoder, save_encoder
 from .interruption import Interrupted, Interruption, agree
 from .launch import average_batch_statistics, check_same, create_accelerator, on_main_process, raise_first
 from .metrics import CollapseAlarm, MetricsLog, effective_rank, read_metrics, write_json
-from .monitor import NEIGHBOURS, HeldOut
+from .monitor import NEIGHBOURS, HeldOut, LinearProbe
 from .optim import create_optimizer, learning_rate
 from .report import save_curves, save_embedding, save_views
 from .sources import Images, Splits, fingerprint, open_dataset
@@ -103,6 +103,7 @@ def pretrain(config: PretrainConfig) -> nn.Module:
             projection_dim=settings.projection_dim,
             num_head_layers=settings.num_head_layers,
         )
+        probe = LinearProbe(encoder_width(encoder), splits.train, accelerator.device) if splits.test else None
         optimizer = create_optimizer(
             settings.opt, byol, lr=0.0, weight_decay=settings.weight_decay, no_weight_decay=byol.no_weight_decay()
         )
@@ -121,7 +122,7 @@ def pretrain(config: PretrainConfig) -> nn.Module:
         step = 0
         saved: dict[str, Any] = {}
         if settings.resume:
-            step, saved = _resume(settings, schedule, data, folder / "checkpoints", byol, optimizer)
+            step, saved = _resume(settings, schedule, data, folder / "checkpoints", byol, optimizer, probe)
         if accelerator.is_main_process:
             (folder / "config.yaml").write_text(to_yaml(settings), encoding="utf-8")
             write_json(folder / "environment.json", environment(accelerator))
@@ -176,7 +177,8 @@ def pretrain(config: PretrainConfig) -> nn.Module:
             state |= {"samples_seen": step * schedule.global_batch, "since_log": since_log.tolist()}
             if accelerator.scaler is not None:
                 state["scaler"] = accelerator.scaler.state_dict()
-            writer.save(step, {"byol": byol.state_dict(), "optimizer": optimizer_tensors(optimizer.optimizer)}, state)
+            tensors = {"byol": byol.state_dict(), "optimizer": optimizer_tensors(optimizer.optimizer)}
+            writer.save(step, tensors | ({"probe": probe.tensors()} if probe else {}), state)
 
         since_log = torch.tensor(saved.get("since_log", [0.0] * len(FIGURES)), dtype=torch.float64).to(
             accelerator.device
@@ -184,9 +186,9 @@ def pretrain(config: PretrainConfig) -> nn.Module:
         stream, skipped = iter(batches), 0
         while True:
             if held_out is not None and schedule.evaluates(step, settings.knn_every) and step not in evaluated:
-                accuracy = held_out.knn(encoder, interruption)
-                if accuracy is not None:
-                    log.log({"step": step, "epoch": schedule.epoch(step), "knn": accuracy})
+                accuracies = held_out.evaluate(encoder, probe if step else None, interruption)
+                if accuracies is not None:
+                    log.log({"step": step, "epoch": schedule.epoch(step), **accuracies})
             if step == schedule.total_steps:
                 break
 
@@ -208,6 +210,9 @@ def pretrain(config: PretrainConfig) -> nn.Module:
             skipped = skipped + 1 if accelerator.optimizer_step_was_skipped else 0
             if skipped > MAX_SKIPPED_STEPS or not (skipped or figures["grad_norm"].isfinite()):
                 raise _not_finite(folder, step, lr, figures, micro_batches, accelerator)
+            if accelerator.is_main_process and probe and not skipped:
+                ordinals = torch.cat([batch.ordinals for batch in micro_batches])
+                probe.learn(figures["representation"], ordinals, batches.bad)
             since_log += accelerator.reduce(torch.stack([figures[name].double() for name in FIGURES]), "mean")
             step += 1
 
@@ -301,7 +306,8 @@ def train_step(
 
     model: a `BYOL`, prepared by the accelerator as the optimizer is. pairs: the views of each of the launch's
     `gradient_accumulation_steps` micro-batches. Without a gradient scaler, a gradient that is not finite leaves
-    parameters and target as they were. Returns the figures of `BYOL`, averaged over micro-batches, and `grad_norm`.
+    parameters and target as they were. Returns the figures of `BYOL`, averaged over micro-batches, `grad_norm`, and
+    `representation` of view 1, that of all micro-batches.
 
     The two directions of the loss share no activations once both target projections are known, so each has a backward
     pass of its own: the same gradients for half the memory. Processes exchange gradients in the very last one.
@@ -309,6 +315,7 @@ def train_step(
     byol = accelerator.unwrap_model(model)
     accumulation = accelerator.gradient_accumulation_steps
     totals: dict[str, Tensor] = {}
+    representations = []
     for number, (view1, view2) in enumerate(pairs, start=1):
         with accelerator.autocast():
             target1, target2 = byol.target_projections(view1, view2)
@@ -316,6 +323,8 @@ def train_step(
             with contextlib.nullcontext() if last else accelerator.no_sync(model):
                 figures = model(view, target=target)
                 accelerator.backward(figures["loss"])
+            if view is view1:
+                representations.append(figures["representation"])
             for name in FIGURES:
                 share = accumulation if name == "loss" else 2 * accumulation
                 totals[name] = totals.get(name, 0) + figures[name].detach() / share
@@ -330,7 +339,7 @@ def train_step(
     if accelerator.num_processes > 1 and accelerator.device.type == "cpu":
         # torch has no SyncBatchNorm for CPUs, and every process must export and resume the same statistics.
         average_batch_statistics(byol)
-    return {**totals, "grad_norm": norm, "representation": figures["representation"]}
+    return {**totals, "grad_norm": norm, "representation": torch.cat(representations)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -399,8 +408,9 @@ def _resume(
     folder: Path,
     byol: BYOL,
     optimizer: torch.optim.Optimizer,
+    probe: LinearProbe | None,
 ) -> tuple[int, dict[str, Any]]:
-    """The step and the state to go on from; networks and optimizer are put back. Step 0 where nothing was saved."""
+    """The step and the state to go on from; networks and optimizers are put back. Step 0 where nothing was saved."""
     checkpoint = load_latest(folder)
     if checkpoint is None:
         return 0, {}
@@ -420,6 +430,8 @@ def _resume(
         )
     byol.load_state_dict(checkpoint.tensors["byol"])
     restore_optimizer(optimizer, checkpoint.tensors["optimizer"])
+    if probe is not None:
+        probe.restore(checkpoint.tensors["probe"])
     logger.info("resumed from %s", checkpoint.path)
     return checkpoint.step, state
 
@@ -541,6 +553,9 @@ def _finish(
             "k": NEIGHBOURS,
             "protocol": held_out.protocol,
         }
+        linear = [row["linear"] for row in rows if "linear" in row]
+        if linear:
+            record["results"]["linear_byol"] = 100 * linear[-1]
         features = extract_features(encoder, held_out.queries, **held_out.settings)
         pictures += [folder / "embedding.png"]
         save_embedding(features, held_out.query_labels, splits.train.class_names, folder / "embedding.png")

@@ -113,7 +113,14 @@ def save_curves(rows: Sequence[Row], path: str | Path, *, baselines: Mapping[str
         _note(spread, {"features": BLUE, "projections": ORANGE})
         spread.text(0.02, 0.03, "0: all images alike", color=QUIET, transform=spread.transAxes)
         if _points(rows, "knn"):
-            _curve(accuracy, rows, "knn", "kNN accuracy", percent=True)
+            linear = _points(rows, "linear")
+            _curve(accuracy, rows, "knn", "" if linear else "kNN accuracy", percent=True)
+            if linear:
+                _curve(accuracy, rows, "linear", "", color=ORANGE, percent=True)
+                accuracy.set_title("Accuracy")
+                last = {"kNN": _points(rows, "knn"), "linear": linear}
+                knn, probe = (f"{name} {points[-1][1]:.1%}" for name, points in last.items())
+                _note(accuracy, {knn: BLUE, probe: ORANGE})
             _levels(accuracy, baselines or {})
         else:
             _curve(accuracy, rows, "agreement", "Cosine of online and target")

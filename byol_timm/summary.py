@@ -110,6 +110,8 @@ def closing(config: Any, folder: Path, record: dict[str, Any]) -> list[str]:
             *(f"  {name:<{width}}  {value:5.1f} %" for name, value in rows.items()),
         ]
         lines += [f"  ({results['protocol']})"]
+        if "linear_byol" in results:
+            lines += [f"linear probe that learned alongside: {results['linear_byol']:.1f} %"]
     else:
         lines += ["no labels, so no kNN accuracy: see curves.png for the health of the features"]
     files = {
