@@ -1,24 +1,32 @@
 """What tells during pretraining how good the representation is, where there are labels."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from .augment import EvaluationTransform
 from .checkpoint import optimizer_tensors, restore_optimizer
 from .data import load_pixels, subset_indices
 from .defaults import crop_pct
-from .evaluation import OnlineProbe, extract_features, knn
+from .evaluation import OnlineProbe, extract_features, knn, nearest_neighbours
 from .interruption import Interruption
+from .report import save_embedding, save_neighbours
 from .sources import Images
+
+Array = NDArray[np.int64]
 
 NEIGHBOURS = 20
 # A fixed part of the images is enough to see where training goes; `recipes/knn.py` takes all.
 BANK_IMAGES, QUERY_IMAGES, EVALUATION_BYTES = 20_000, 5_000, 2**30
 RAW_PIXELS_SIDE = 32
+PICTURED_IMAGES = 2000
 # Of Adam: learns within a hundred steps from features of any scale between 0.1 and 10.
 PROBE_LR = 3e-2
 
@@ -59,28 +67,45 @@ class LinearProbe:
         restore_optimizer(self.optimizer, {name: tensors[name] for name in tensors.keys() - names.keys()})
 
 
-class HeldOut:
-    """Labelled images in memory that tell how good the encoder's features are: a bank, and queries held out."""
+@dataclass(frozen=True)
+class Examples:
+    """Images in memory that tell what the encoder's features are like: a bank, and queries that are not in it.
 
-    def __init__(
-        self, config: Any, train: Images, test: Images, *, mean: Sequence[float], std: Sequence[float]
-    ) -> None:
-        transform = EvaluationTransform(config.image_size, crop_pct=crop_pct(config.image_size))
+    bank, queries: uint8 [N, C, H, W], as the encoder takes them. Labels are -1 where there are none. settings: of
+    `extract_features`.
+    """
+
+    bank: Tensor
+    bank_labels: Tensor
+    queries: Tensor
+    query_labels: Tensor
+    class_names: tuple[str, ...]
+    settings: dict[str, Any]
+
+    @classmethod
+    def held_out(cls, config: Any, train: Images, test: Images, **settings: Any) -> "Examples":
+        """Labelled images, of every class as nearly equally many as there are: the queries held out from training."""
         room = EVALUATION_BYTES // (config.in_chans * config.image_size**2)
-        self.bank, self.bank_labels = self._load(train, min(BANK_IMAGES, room * 4 // 5), transform, config)
-        self.queries, self.query_labels = self._load(test, min(QUERY_IMAGES, room // 5), transform, config)
-        self.settings = dict(mean=mean, std=std, channels_last=config.channels_last)
-        self.protocol = (
+        labels, test_labels = np.asarray(train.labels), np.asarray(test.labels)
+        bank = _load(train, subset_indices(labels, min(BANK_IMAGES, room * 4 // 5), config.seed), config)
+        queries = _load(test, subset_indices(test_labels, min(QUERY_IMAGES, room // 5), config.seed), config)
+        return cls(*bank, *queries, train.class_names, settings)
+
+    @classmethod
+    def of_training(cls, config: Any, images: Images, **settings: Any) -> "Examples":
+        """A few of the images that are trained on, for pictures where nothing is held out."""
+        chosen = np.random.default_rng(config.seed % 2**64).permutation(len(images))[:PICTURED_IMAGES]
+        count = max(1, len(chosen) // 4)
+        bank, queries = (_load(images, rows, config) for rows in (chosen[count:], chosen[:count]))
+        return cls(*bank, *queries, images.class_names, settings)
+
+    @property
+    def protocol(self) -> str:
+        """How the accuracies come about, in words."""
+        return (
             f"{NEIGHBOURS}-NN by cosine, features centred, {len(self.queries):,} images held out against "
             f"{len(self.bank):,} training images; labels serve evaluation only"
         )
-
-    @staticmethod
-    def _load(images: Images, limit: int, transform: EvaluationTransform, config: Any) -> tuple[Tensor, Tensor]:
-        labels: Any = images.labels
-        chosen = subset_indices(labels, limit, config.seed)
-        pixels, indices = load_pixels(images, transform, workers=config.workers, indices=chosen)
-        return pixels, torch.as_tensor(labels)[indices]
 
     def evaluate(
         self, encoder: nn.Module, probe: LinearProbe | None = None, interruption: Interruption | None = None
@@ -100,9 +125,32 @@ class HeldOut:
         return figures if probe is None else {**figures, "linear": probe.accuracy(queries, self.query_labels)}
 
     def knn_of_pixels(self) -> float:
-        """The same of the pixels themselves, of images not larger than 32x32."""
+        """20-NN accuracy of the pixels themselves, of images not larger than 32x32."""
         bank, queries = (_thumbnails(pixels).flatten(1) for pixels in (self.bank, self.queries))
         return knn(bank, self.bank_labels, queries, self.query_labels, k=NEIGHBOURS)
+
+    def save_pictures(self, encoder: nn.Module, folder: Path) -> None:
+        """`embedding.png`, the queries on a map, and `neighbours.png`, what the bank has nearest to eight of them."""
+        features, found = (extract_features(encoder, images, **self.settings) for images in (self.bank, self.queries))
+        save_embedding(found, self.query_labels, self.class_names, folder / "embedding.png")
+        # All over the queries, which may be in the order of their classes.
+        chosen = torch.linspace(0, len(found) - 1, min(8, len(found))).long()
+        _, places = nearest_neighbours(features, found[chosen], k=8)
+        save_neighbours(
+            self.queries[chosen],
+            [list(self.bank[row]) for row in places],
+            folder / "neighbours.png",
+            query_labels=self.query_labels[chosen].tolist(),
+            neighbour_labels=self.bank_labels[places].tolist(),
+            class_names=self.class_names,
+        )
+
+
+def _load(images: Images, indices: Array, config: Any) -> tuple[Tensor, Tensor]:
+    transform = EvaluationTransform(config.image_size, crop_pct=crop_pct(config.image_size))
+    pixels, read = load_pixels(images, transform, workers=config.workers, indices=indices)
+    labels = torch.full((len(images),), -1) if images.labels is None else torch.as_tensor(images.labels)
+    return pixels, labels[read]
 
 
 class _Stop(Exception):

@@ -43,14 +43,13 @@ from .defaults import (
 )
 from .encoder import enable_grad_checkpointing, encoder_width, freeze_parts, parse_kwargs
 from .errors import ByolTimmError
-from .evaluation import extract_features
 from .hub import check_push, load_encoder, push_encoder, save_encoder
 from .interruption import Interrupted, Interruption, agree
 from .launch import average_batch_statistics, check_same, create_accelerator, on_main_process, raise_first
 from .metrics import CollapseAlarm, MetricsLog, effective_rank, read_metrics, write_json
-from .monitor import NEIGHBOURS, HeldOut, LinearProbe
+from .monitor import NEIGHBOURS, Examples, LinearProbe
 from .optim import create_optimizer, learning_rate
-from .report import save_curves, save_embedding, save_views
+from .report import save_curves, save_report, save_views
 from .sources import Images, Splits, fingerprint, open_dataset
 from .summary import banner, closing, environment
 
@@ -170,7 +169,8 @@ def pretrain(config: PretrainConfig) -> nn.Module:
                 )
             )
             evaluated = {row["step"] for row in read_metrics(folder / "metrics.jsonl") if "knn" in row}
-            held_out = HeldOut(settings, splits.train, splits.test, mean=mean, std=std) if splits.test else None
+            shape = dict(mean=mean, std=std, channels_last=settings.channels_last)
+            held_out = Examples.held_out(settings, splits.train, splits.test, **shape) if splits.test else None
 
         def save() -> None:
             state = {"config": dataclasses.asdict(settings), "data": data, "global_batch": schedule.global_batch}
@@ -531,7 +531,7 @@ def _finish(
     folder: Path,
     encoder: nn.Module,
     record: dict[str, Any],
-    held_out: HeldOut | None,
+    held_out: Examples | None,
     splits: Splits,
     *,
     mean: Sequence[float],
@@ -542,7 +542,7 @@ def _finish(
     trained = [row for row in rows if "loss" in row]
     record["seconds"] = rows[-1]["seconds"]
     record["health"] = {name: trained[-1][name] for name in (*HEALTH, "effective_rank")}
-    pictures, baselines = [folder / "curves.png"], {}
+    baselines = {}
     if held_out is not None:
         accuracies = [row["knn"] for row in rows if "knn" in row]
         baselines = {"raw pixels": held_out.knn_of_pixels(), "before training": accuracies[0]}
@@ -556,9 +556,9 @@ def _finish(
         linear = [row["linear"] for row in rows if "linear" in row]
         if linear:
             record["results"]["linear_byol"] = 100 * linear[-1]
-        features = extract_features(encoder, held_out.queries, **held_out.settings)
-        pictures += [folder / "embedding.png"]
-        save_embedding(features, held_out.query_labels, splits.train.class_names, folder / "embedding.png")
+    shape = dict(mean=mean, std=std, channels_last=config.channels_last)
+    examples = held_out or Examples.of_training(config, splits.train, **shape)
+    examples.save_pictures(encoder, folder)
     save_curves(rows, folder / "curves.png", baselines=baselines)
     save_encoder(
         encoder,
@@ -568,8 +568,9 @@ def _finish(
         std=std,
         crop_pct=crop_pct(config.image_size),
         record=record,
-        pictures=pictures,
+        pictures=[folder / "curves.png", folder / "embedding.png"],
     )
     write_json(folder / "results.json", redact(record))
+    save_report(folder)
     for line in closing(config, folder, record):
         logger.info(line)

@@ -62,7 +62,7 @@ LONGEST_VALUE = 300
 CAPTIONS = {
     "curves.png": "How training went",
     "views.png": "What the networks see",
-    "embedding.png": "Where the encoder puts the held-out images",
+    "embedding.png": "Where the encoder puts the images",
     "neighbours.png": "What the encoder finds alike",
     "confusion.png": "What is mistaken for what",
 }

@@ -118,13 +118,15 @@ def closing(config: Any, folder: Path, record: dict[str, Any]) -> list[str]:
         "encoder/": f'timm.create_model("local-dir:{folder}/encoder", pretrained=True)',
         "curves.png": "how training went",
         "views.png": "what the networks saw",
-        "embedding.png": "the held-out images on a map",
+        "embedding.png": "images on a map",
+        "neighbours.png": "what the encoder finds alike",
+        "report.html": "all of this on one page",
         "results.json": "all figures; metrics.jsonl, config.yaml and environment.json beside it",
         "checkpoints/": "to continue with --resume",
     }
     lines += ["", f"in {folder}"]
     lines += [
-        f"  {name:<14} {text}" for name, text in files.items() if (folder / name).exists() or name == "results.json"
+        f"  {name:<15} {text}" for name, text in files.items() if (folder / name).exists() or name == "results.json"
     ]
     place = shlex.quote(str(folder))
     lines += [

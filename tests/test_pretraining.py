@@ -1,6 +1,7 @@
 import copy
 import dataclasses
 import json
+import shutil
 import subprocess
 import sys
 
@@ -14,11 +15,11 @@ from safetensors.torch import load_file, save_file
 from sklearn.datasets import load_digits
 from torch import nn
 
-from byol_timm import BYOL, PretrainConfig, pretrain
+from byol_timm import BYOL, PretrainConfig, pretrain, pretraining
 from byol_timm.checkpoint import load_latest
 from byol_timm.errors import ByolTimmError
 from byol_timm.metrics import read_metrics
-from byol_timm.pretraining import Schedule, train_step
+from byol_timm.pretraining import Schedule, open_images, train_step
 
 QUICK = PretrainConfig(
     backbone="test_resnet", image_size=32, epochs=1, batch_size=256, hidden_dim=64, projection_dim=32, knn_every=1
@@ -60,7 +61,8 @@ def digits_folder(folder, count, labelled):
 
 def test_a_run_leaves_everything_it_promises(run):
     folder, _ = run
-    promised = "config.yaml environment.json metrics.jsonl curves.png views.png checkpoints encoder results.json"
+    promised = "config.yaml environment.json metrics.jsonl checkpoints encoder results.json report.html"
+    promised += " curves.png views.png embedding.png neighbours.png"
     assert {name for name in promised.split() if not (folder / name).exists()} == set()
     assert {file.suffix for file in folder.rglob("*") if file.is_file()} <= {
         "", ".yaml", ".json", ".jsonl", ".png", ".md", ".safetensors", ".html"
@@ -69,6 +71,8 @@ def test_a_run_leaves_everything_it_promises(run):
     rows = read_metrics(folder / "metrics.jsonl")
     assert results["knn_byol"] == 100 * rows[-1]["knn"]
     assert results["knn_random"] == 100 * rows[0]["knn"]
+    assert results["linear_byol"] == 100 * rows[-1]["linear"]
+    assert "linear" not in rows[0]
     assert 90 < results["knn_raw_pixels"] <= 100
 
 
@@ -139,12 +143,58 @@ def test_config_yaml_repeats_the_run(run, tmp_path):
     assert weights(tmp_path / "again") == weights(folder)
 
 
+def test_a_run_that_goes_on_from_a_checkpoint_ends_with_the_same_bits_and_figures(run, tmp_path):
+    folder, _ = run
+    again = tmp_path / "run"
+    shutil.copytree(folder, again)
+    for path in (again / "checkpoints" / "step-5", again / "encoder"):
+        shutil.rmtree(path)
+    (again / "results.json").unlink()
+    pretrain(quick(again, resume=True))
+    assert weights(again) == weights(folder)
+    clocks = {"seconds": 0, "images_per_second": 0}
+    first, second = ([row | clocks for row in read_metrics(place / "metrics.jsonl")] for place in (folder, again))
+    assert first == second
+    assert [row["step"] for row in first if "linear" in row] == [5]
+
+
+def test_the_probe_leaves_no_trace_in_the_encoder(run, tmp_path, monkeypatch):
+    folder, _ = run
+
+    def unlabelled(config):
+        splits = open_images(config)
+        return dataclasses.replace(splits, train=dataclasses.replace(splits.train, labels=None), test=None)
+
+    monkeypatch.setattr(pretraining, "open_images", unlabelled)
+    pretrain(quick(tmp_path / "run"))
+    assert not any("linear" in row for row in read_metrics(tmp_path / "run" / "metrics.jsonl"))
+    assert weights(tmp_path / "run") == weights(folder)
+
+
+def test_the_probe_learns_what_the_representation_tells(tmp_path):
+    pretrain(quick(tmp_path / "run", epochs=4, batch_size=64, in_chans=1, knn_every=2))
+    start, middle, end = (row for row in read_metrics(tmp_path / "run" / "metrics.jsonl") if "knn" in row)
+    assert "linear" not in start
+    assert end["linear"] > 0.25
+
+
+def test_a_share_of_the_images_is_part_of_a_larger_one_and_never_held_out():
+    shares = [open_images(PretrainConfig(image_share=share)) for share in (0.1, 0.5, 1.0)]
+    rows = [set(splits.train.rows.tolist()) for splits in shares]
+    assert rows[0] < rows[1] < rows[2]
+    assert [len(part) for part in rows] == [144, 719, 1438]
+    for splits in shares:
+        assert set(splits.test.rows.tolist()) == set(shares[-1].test.rows.tolist())
+        assert not rows[2] & set(splits.test.rows.tolist())
+
+
 def test_images_without_labels_train_and_say_so(tmp_path, caplog):
     folder = digits_folder(tmp_path / "images", 40, labelled=False)
     caplog.set_level("INFO")
     pretrain(quick(tmp_path / "run", dataset=str(folder), batch_size=8, in_chans=1))
     assert "no labels" in caplog.text
     assert "results" not in json.loads((tmp_path / "run" / "results.json").read_text())
+    assert {"embedding.png", "neighbours.png", "report.html"} <= {file.name for file in (tmp_path / "run").iterdir()}
     encoder = timm.create_model(f"local-dir:{tmp_path}/run/encoder", pretrained=True)
     assert encoder(torch.rand(2, 1, 32, 32)).shape == (2, 96)
 
@@ -207,6 +257,7 @@ def test_a_collapsed_run_stops_where_asked(tmp_path):
         (dict(report_to=("tensorbord",)), "unknown tracker 'tensorbord'"),
         (dict(report_to=("aim",)), "aim needs a package that is not installed"),
         (dict(warmup_epochs=1.0), "--warmup_epochs 1"),
+        (dict(image_share=0.0), r"--image_share must lie above 0 and be at most 1 \(0\.0\)"),
         (dict(epochs=-1), r"--epochs must be positive \(-1\)"),
         (dict(target_decay=1.2), r"--target_decay must lie between 0 and 1 \(1\.2\)"),
         (dict(backbone="resnet_18"), "resnet18"),

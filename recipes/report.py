@@ -1,0 +1,32 @@
+"""The page of a run: its pictures, numbers, settings and environment in one file that needs no other.
+
+    python recipes/report.py runs/resnet18-digits
+
+`pretrain` writes it at the end; this writes it again, with whatever pictures (*.png) lie in the folder by now.
+"""
+
+from dataclasses import dataclass
+from typing import Annotated
+
+import tyro
+
+from byol_timm.config import parse, run
+from byol_timm.report import save_report
+
+
+@dataclass(frozen=True)
+class Report:
+    """Write report.html: the pictures, numbers, settings and environment of a run on one page."""
+
+    folder: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
+    """Folder of a run."""
+    debug: bool = False
+    """Show the traceback of an error."""
+
+
+def main() -> None:
+    print(save_report(parse(Report).folder))
+
+
+if __name__ == "__main__":
+    run(main)
