@@ -1,18 +1,21 @@
 """What `accelerate launch` gave the run: checked, and what its processes have to agree on."""
 
+import contextlib
 import hashlib
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from accelerate.utils import broadcast_object_list, gather_object
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parallel import DistributedDataParallel
 
 from .errors import ByolTimmError
 
@@ -25,6 +28,12 @@ _ENGINES = {
     "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
     "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
 }
+
+
+class LostProcess(ByolTimmError):
+    """Another process of the run does not answer any more."""
+
+    exit_code = 1
 
 
 def create_accelerator(trackers: Sequence[str], folder: Path) -> Accelerator:
@@ -43,8 +52,10 @@ def create_accelerator(trackers: Sequence[str], folder: Path) -> Accelerator:
     accelerator = Accelerator(
         log_with=list(trackers) or None,
         project_dir=str(folder),
-        # Every process keeps batch statistics of its own, or all share them; copying those of the first is neither.
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
+        # Gradients lie in the buckets that travel, not beside them. Buckets keep their 25 MB: ResNet-50 has seven, of
+        # which all but the last travel behind the backward pass. No static graph: torch's count of its passes does not
+        # survive those that keep their gradients to themselves, which every step has.
+        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
     )
     world = int(os.environ.get("WORLD_SIZE", 1))
     if world > 1 and accelerator.num_processes == 1:
@@ -71,6 +82,33 @@ def _check_trackers(trackers: Sequence[str]) -> None:
             raise ByolTimmError(
                 f"--report_to {tracker} needs a package that is not installed. Run pip install {tracker}"
             )
+
+
+def prepare(
+    accelerator: Accelerator, byol: nn.Module, optimizer: torch.optim.Optimizer
+) -> tuple[nn.Module, AcceleratedOptimizer]:
+    """The network, in DistributedDataParallel where there are several processes, and its optimizer, on the device."""
+    model, optimizer = accelerator.prepare(byol, optimizer)
+    if isinstance(model, DistributedDataParallel):
+        # Every process keeps batch statistics of its own, or all share them; copying those of the first is neither.
+        # Set here because torch 2.14 warns of the argument of that name and older ones do not know its successor.
+        model.broadcast_buffers = False
+    return model, optimizer
+
+
+@contextlib.contextmanager
+def losing_processes_told() -> Iterator[None]:
+    """A `LostProcess` in place of the error that another process's end, or a cut cable, is to torch."""
+    try:
+        yield
+    except RuntimeError as error:
+        # gloo's errors have no type of their own; every step has a question that goes over gloo, on GPUs too.
+        if not isinstance(error, torch.distributed.DistError) and "/gloo/" not in str(error):
+            raise
+        raise LostProcess(
+            "another process of this run is gone, or its host or the network; the log of that one says why. "
+            "Start anew with --resume"
+        ) from error
 
 
 def on_main_process(accelerator: Accelerator, act: Callable[[], Result]) -> Result:
@@ -104,7 +142,12 @@ def check_same(accelerator: Accelerator, what: str) -> None:
 
 @torch.no_grad()
 def average_batch_statistics(module: nn.Module) -> None:
-    """Give every process the mean of all processes' running statistics; every process must call it."""
+    """Give every process the mean of all processes' running statistics; every process must call it.
+
+    For CPUs, where torch has no SyncBatchNorm. One of our own would stand in for the BatchNorms of torch and of timm
+    and wait for an exchange per layer and pass (ResNet-50: 328 a step). Processes on CPUs are for trying a launch, and
+    there the statistics of each one's own batch do.
+    """
     statistics = [
         buffer
         for norm in module.modules()

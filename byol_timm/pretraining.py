@@ -45,7 +45,15 @@ from .encoder import enable_grad_checkpointing, encoder_width, freeze_parts, par
 from .errors import ByolTimmError
 from .hub import check_push, load_encoder, push_encoder, save_encoder
 from .interruption import Interrupted, Interruption, agree
-from .launch import average_batch_statistics, check_same, create_accelerator, on_main_process, raise_first
+from .launch import (
+    average_batch_statistics,
+    check_same,
+    create_accelerator,
+    losing_processes_told,
+    on_main_process,
+    prepare,
+    raise_first,
+)
 from .metrics import CollapseAlarm, MetricsLog, effective_rank, read_metrics, write_json
 from .monitor import NEIGHBOURS, Examples, LinearProbe
 from .optim import create_optimizer, learning_rate
@@ -75,7 +83,7 @@ def pretrain(config: PretrainConfig) -> nn.Module:
     check(config)
     folder = output_dir(config)
     accelerator = create_accelerator(config.report_to, folder)
-    with contextlib.ExitStack() as stack:
+    with losing_processes_told(), contextlib.ExitStack() as stack:
         stack.callback(accelerator.end_training)
         if not config.dry_run:
             on_main_process(accelerator, lambda: _claim(folder, config, stack))
@@ -141,13 +149,13 @@ def pretrain(config: PretrainConfig) -> nn.Module:
         if settings.compile:
             for network in byol.children():
                 network.compile()
-        model, optimizer = accelerator.prepare(byol, optimizer)
+        model, optimizer = prepare(accelerator, byol, optimizer)
         if accelerator.scaler is not None and "scaler" in saved:
             accelerator.scaler.load_state_dict(saved["scaler"])
 
         # What reads, watches and writes.
         batches = stack.enter_context(_open_batches(settings, schedule, splits.train, views.cut, accelerator, step))
-        prepare = _Prepare(views, accelerator.device, settings.channels_last)
+        two_views = _Prepare(views, accelerator.device, settings.channels_last)
         alarm = CollapseAlarm(
             opt=settings.opt,
             lr=settings.lr,
@@ -206,7 +214,7 @@ def pretrain(config: PretrainConfig) -> nn.Module:
             for parameters in optimizer.param_groups:
                 parameters["lr"] = lr
             _seed(settings.seed, step, accelerator.process_index)
-            figures = train_step(accelerator, model, optimizer, map(prepare, micro_batches), target_decay=decay)
+            figures = train_step(accelerator, model, optimizer, map(two_views, micro_batches), target_decay=decay)
             skipped = skipped + 1 if accelerator.optimizer_step_was_skipped else 0
             if skipped > MAX_SKIPPED_STEPS or not (skipped or figures["grad_norm"].isfinite()):
                 raise _not_finite(folder, step, lr, figures, micro_batches, accelerator)
@@ -335,7 +343,8 @@ def train_step(
         optimizer.step()
         if not accelerator.optimizer_step_was_skipped:
             byol.update_target(target_decay)
-    optimizer.zero_grad()
+    # Gradients of several processes lie in the buckets that travel. Let go of, they would be made anew beside them.
+    optimizer.zero_grad(set_to_none=accelerator.num_processes == 1)
     if accelerator.num_processes > 1 and accelerator.device.type == "cpu":
         # torch has no SyncBatchNorm for CPUs, and every process must export and resume the same statistics.
         average_batch_statistics(byol)

@@ -3,6 +3,7 @@ import copy
 import pytest
 import timm
 import torch
+from timm.layers import convert_sync_batchnorm
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -161,6 +162,19 @@ def test_only_batch_norms_of_the_target_are_in_train_mode(name):
         assert module.training == isinstance(module, _BatchNorm)
     byol.eval()
     assert not any(m.training for m in byol.modules())
+
+
+@pytest.mark.parametrize("name", ["test_resnet", "test_efficientnet"])
+def test_synchronising_takes_every_batch_norm_and_keeps_every_parameter(name):
+    byol = small_byol(name)
+    modes = {name: module.training for name, module in byol.named_modules()}
+    parameters = dict(byol.named_parameters())
+    synchronised = convert_sync_batchnorm(byol)
+    norms = [(name, module) for name, module in synchronised.named_modules() if isinstance(module, _BatchNorm)]
+    assert {name.partition(".")[0] for name, _ in norms} == {name for name, _ in byol.named_children()}
+    assert all(isinstance(module, nn.SyncBatchNorm) for _, module in norms)
+    assert all(parameter is parameters[name] for name, parameter in synchronised.named_parameters())
+    assert {name: module.training for name, module in synchronised.train().named_modules()} == modes
 
 
 def test_target_is_deterministic_where_the_online_network_is_random():

@@ -1,43 +1,20 @@
 """Two processes on one machine, launched as users launch them."""
 
+import json
 import os
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 import timm
 import torch
+from accelerate.state import AcceleratorState
+from cut_steps import take_steps
 from safetensors.torch import load_file
 
 pytestmark = pytest.mark.slow
-
-STEP = """
-    import copy, sys
-    import timm, torch
-    from accelerate import Accelerator
-    from safetensors.torch import save_file
-    from torch import nn
-    from byol_timm import BYOL
-    from byol_timm.launch import create_accelerator
-    from byol_timm.pretraining import train_step
-
-    accelerator = create_accelerator((), ".")
-    rank, world = accelerator.process_index, accelerator.num_processes
-    torch.manual_seed(0)
-    byol = BYOL(timm.create_model("test_vit", num_classes=0, img_size=32), hidden_dim=16, projection_dim=8)
-    byol.projector = nn.Linear(byol.projector[0].in_features, 8)
-    byol.predictor = nn.Linear(8, 8)
-    byol.target_projector = copy.deepcopy(byol.projector).requires_grad_(False)
-    optimizer = torch.optim.SGD([p for p in byol.parameters() if p.requires_grad], lr=0.1)
-    model, optimizer = accelerator.prepare(byol, optimizer)
-    for step in range(3):
-        views = torch.rand(2, 8, 3, 32, 32, generator=torch.Generator().manual_seed(step))
-        view1, view2 = views[:, rank * (8 // world) : (rank + 1) * (8 // world)]
-        train_step(accelerator, model, optimizer, [(view1, view2)], target_decay=0.9)
-    save_file(byol.state_dict(), f"{sys.argv[1]}-{rank}.safetensors")
-    accelerator.end_training()
-"""
 
 TRAIN = """
     import sys
@@ -69,6 +46,7 @@ def launch(folder, script, *arguments, processes=2, **variables):
         "ACCELERATE_USE_CPU": "true",
         "OMP_NUM_THREADS": "1",
         "HF_HUB_OFFLINE": "1",
+        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]),
         **variables,
     }
     return subprocess.run(
@@ -81,14 +59,46 @@ def launch(folder, script, *arguments, processes=2, **variables):
     )
 
 
-def test_two_processes_take_the_steps_of_one(tmp_path):
-    for processes in (1, 2):
-        result = launch(tmp_path, STEP, f"of-{processes}", processes=processes)
-        assert result.returncode == 0, result.stderr[-3000:]
-    first, second = load_file(tmp_path / "of-2-0.safetensors"), load_file(tmp_path / "of-2-1.safetensors")
-    assert all(torch.equal(first[name], second[name]) for name in first)
-    for name, tensor in load_file(tmp_path / "of-1-0.safetensors").items():
-        torch.testing.assert_close(first[name], tensor, rtol=1e-4, atol=1e-6)
+@pytest.fixture(scope="module")
+def cut_in_two(tmp_path_factory):
+    """Steps of two processes, 32 images each."""
+    folder = tmp_path_factory.mktemp("two")
+    result = launch(folder, "from cut_steps import *\ntake_steps(Path('steps'), 32)")
+    assert result.returncode == 0, result.stderr[-3000:]
+    return steps_of(folder / "steps")
+
+
+def steps_of(output):
+    return json.loads(output.with_suffix(".json").read_text()), load_file(output.with_suffix(".safetensors"))
+
+
+def in_this_process(folder, monkeypatch, batch_size, accumulation):
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", str(accumulation))
+    AcceleratorState._reset_state(reset_partial_state=True)
+    take_steps(folder / "steps", batch_size)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    return steps_of(folder / "steps")
+
+
+@pytest.mark.parametrize("batch_size, accumulation", [(64, 1), (32, 2)])
+def test_a_step_is_the_same_however_its_batch_is_cut(tmp_path, monkeypatch, cut_in_two, batch_size, accumulation):
+    rows, tensors = in_this_process(tmp_path, monkeypatch, batch_size, accumulation)
+    two_rows, two_tensors = cut_in_two
+    for row, other in zip(rows, two_rows, strict=True):
+        assert (row["order"], row["lr"], row["tau"]) == (other["order"], other["lr"], other["tau"])
+        assert len(set(row["order"])) == 64
+        assert row["loss"] == pytest.approx(other["loss"], rel=1e-5)
+    assert tensors.keys() == two_tensors.keys()
+    for name, tensor in tensors.items():
+        torch.testing.assert_close(two_tensors[name], tensor, rtol=1e-4, atol=1e-5 * tensor.abs().max().item())
+
+
+def test_two_processes_hold_the_same_bits_after_every_step(cut_in_two):
+    rows, _ = cut_in_two
+    assert [len(row["weights"]) for row in rows] == [2, 2, 2]
+    assert all(first == second for first, second in (row["weights"] for row in rows))
+    assert len({row["weights"][0] for row in rows}) == 3
 
 
 def test_a_run_of_two_processes_ends_in_the_same_weights_on_both(tmp_path):
@@ -97,6 +107,7 @@ def test_a_run_of_two_processes_ends_in_the_same_weights_on_both(tmp_path):
     assert "2 processes" in result.stdout
     assert "256 = 128 x 2 processes" in result.stdout
     assert "no SyncBatchNorm for CPUs" in result.stdout
+    assert "Warning" not in result.stderr
     ranks = [load_file(tmp_path / f"rank-{rank}.safetensors") for rank in (0, 1)]
     shipped = load_file(tmp_path / "run" / "encoder" / "model.safetensors")
     initial = timm.create_model("test_resnet", num_classes=0).state_dict()

@@ -302,12 +302,13 @@ class Plain(BYOL):
         self.target_projector = copy.deepcopy(self.projector).requires_grad_(False)
 
 
-def step_of(accumulation, pairs, decay=0.9):
+def step_of(accumulation, pairs, decay=0.9, precision="no", watch=lambda byol: None):
     AcceleratorState._reset_state(reset_partial_state=True)
     torch.manual_seed(0)
     byol = Plain(timm.create_model("test_vit", num_classes=0, img_size=32))
+    watch(byol)
     optimizer = torch.optim.SGD([p for p in byol.parameters() if p.requires_grad], lr=0.1)
-    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=accumulation)
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=accumulation, mixed_precision=precision)
     model, optimizer = accelerator.prepare(byol, optimizer)
     before = {name: tensor.clone() for name, tensor in byol.state_dict().items()}
     figures = train_step(accelerator, model, optimizer, pairs, target_decay=decay)
@@ -339,6 +340,30 @@ def test_accumulation_is_one_step_with_one_target_update():
         if name.startswith("target_"):
             online = cut.state_dict()[name.removeprefix("target_")]
             torch.testing.assert_close(b, torch.lerp(before[name], online, 0.1), rtol=1e-5, atol=1e-7)
+
+
+def test_bf16_ends_before_the_loss_and_never_reaches_the_target():
+    outputs = {"predictor": [], "target_projector": []}
+
+    def watch(byol):
+        for name, seen in outputs.items():
+            byol.get_submodule(name).register_forward_hook(lambda module, inputs, out, seen=seen: seen.append(out))
+
+    decay = 0.999
+    byol, before, figures = step_of(1, [tuple(torch.rand(2, 8, 3, 32, 32))], decay, "bf16", watch)
+    assert {out.dtype for seen in outputs.values() for out in seen} == {torch.bfloat16}
+    predictions, targets = outputs["predictor"], reversed(outputs["target_projector"])
+    cosines = [
+        nn.functional.cosine_similarity(q.double(), z.double()) for q, z in zip(predictions, targets, strict=True)
+    ]
+    expected = sum((2 - 2 * cosine).mean() for cosine in cosines).item()
+    # bfloat16 has three digits.
+    assert figures["loss"].item() == pytest.approx(expected, rel=1e-6)
+    after = byol.state_dict()
+    for name, online in byol.named_parameters():
+        assert online.dtype == torch.float32
+        if not name.startswith(("target_", "predictor")):
+            assert torch.equal(after[f"target_{name}"], torch.lerp(before[f"target_{name}"], online, 1 - decay))
 
 
 def test_a_gradient_that_is_not_finite_leaves_the_weights_alone():
