@@ -1,10 +1,12 @@
 """`pretrain`: from settings to a trained encoder, top to bottom."""
 
 import contextlib
+import copy
 import dataclasses
 import hashlib
 import logging
 import math
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -45,6 +47,7 @@ from .defaults import (
 from .encoder import enable_grad_checkpointing, freeze_parts, parse_kwargs
 from .errors import ByolTimmError
 from .evaluation import extract_features, knn
+from .fidelity import points
 from .hub import check_push, load_encoder, push_encoder, save_encoder
 from .interruption import Interrupted, Interruption, agree
 from .launch import average_batch_statistics, check_same, create_accelerator, on_main_process, raise_first
@@ -52,7 +55,7 @@ from .metrics import CollapseAlarm, MetricsLog, effective_rank, read_metrics, wr
 from .optim import create_optimizer, learning_rate
 from .report import save_curves, save_embedding, save_views
 from .sources import Images, Splits, fingerprint, open_dataset
-from .summary import banner, closing, environment
+from .summary import banner, closing, environment, paper_lines, rehearsal
 
 logger = logging.getLogger(__name__)
 # What may differ between a run and its continuation; everything else decides what the weights become.
@@ -65,6 +68,8 @@ NEIGHBOURS = 20
 BANK_IMAGES, QUERY_IMAGES, EVALUATION_BYTES = 20_000, 5_000, 2**30
 RAW_PIXELS_SIDE = 32
 MAX_SKIPPED_STEPS = 20
+# A dry run measures up to so many steps after the first, or five seconds of them.
+REHEARSED_STEPS, REHEARSAL_SECONDS = 10, 5
 # Figures of a step that are averaged over processes and over the steps between two lines of metrics.
 FIGURES = ("loss", *HEALTH)
 # What a process says in place of a signal's number, all of which are lower, when it met a failure of its own.
@@ -108,16 +113,15 @@ def pretrain(config: PretrainConfig) -> nn.Module:
             projection_dim=settings.projection_dim,
             num_head_layers=settings.num_head_layers,
         )
-        optimizer = create_optimizer(
-            settings.opt, byol, lr=0.0, weight_decay=settings.weight_decay, no_weight_decay=byol.no_weight_decay()
-        )
+        optimizer = _create_optimizer(settings, byol)
         for line in banner(settings, schedule, splits, byol, accelerator, folder, frozen):
             logger.info(line)
         if accelerator.is_main_process:
             folder.mkdir(parents=True, exist_ok=True)
             _save_example_views(splits.train, views, folder / "views.png")
         if settings.dry_run:
-            logger.info("dry run: nothing was trained. The views are in %s", folder / "views.png")
+            _rehearse(settings, schedule, splits.train, views, byol, optimizer, frozen, accelerator)
+            logger.info("\ndry run: nothing is kept but the views, in %s", folder / "views.png")
             return encoder.eval()
 
         # Where training stands.
@@ -135,17 +139,10 @@ def pretrain(config: PretrainConfig) -> nn.Module:
         )
 
         # Devices, processes, memory layout.
-        byol.to(memory_format=torch.channels_last if settings.channels_last else torch.contiguous_format)
-        if settings.grad_checkpointing:
-            enable_grad_checkpointing(encoder)
+        _lay_out(byol, settings, accelerator)
         group: Any = None
         if accelerator.num_processes > 1 and accelerator.device.type == "cuda":
-            # torch's own converter drops the activations inside timm's layers.
-            byol = convert_sync_batchnorm(byol)
             group = torch.distributed.new_group(backend="gloo")
-        if settings.compile:
-            for network in byol.children():
-                network.compile()
         model, optimizer = accelerator.prepare(byol, optimizer)
         if accelerator.scaler is not None and "scaler" in saved:
             accelerator.scaler.load_state_dict(saved["scaler"])
@@ -438,6 +435,71 @@ def _create_encoder(config: Any) -> nn.Module:
 
 def _backbone_kwargs(config: Any) -> dict[str, Any]:
     return parse_kwargs(tuple(pair for pair in config.backbone_kwargs if pair != "auto"))
+
+
+def _create_optimizer(config: Any, byol: BYOL) -> torch.optim.Optimizer:
+    return create_optimizer(
+        config.opt, byol, lr=0.0, weight_decay=config.weight_decay, no_weight_decay=byol.no_weight_decay()
+    )
+
+
+def _lay_out(byol: BYOL, config: Any, accelerator: Accelerator) -> None:
+    """Memory layout, recomputed activations, BatchNorm over all processes and compilation, as the settings ask."""
+    byol.to(memory_format=torch.channels_last if config.channels_last else torch.contiguous_format)
+    if config.grad_checkpointing:
+        enable_grad_checkpointing(byol.encoder)
+    if accelerator.num_processes > 1 and accelerator.device.type == "cuda":
+        # In place, but for a module that is itself a BatchNorm. torch's own drops the activations inside timm's layers.
+        convert_sync_batchnorm(byol)
+    if config.compile:
+        for network in byol.children():
+            network.compile()
+
+
+def _rehearse(
+    config: Any,
+    schedule: Schedule,
+    images: Images,
+    views: TwoViews,
+    byol: BYOL,
+    optimizer: torch.optim.Optimizer,
+    frozen: Sequence[str],
+    accelerator: Accelerator,
+) -> None:
+    """Say what of the paper the run keeps, and what it takes, by a few steps with a copy of the networks."""
+    # On GPUs, BatchNorm sees what all processes have.
+    sharing = accelerator.num_processes if accelerator.device.type == "cuda" else 1
+    compared = points(
+        config,
+        schedule,
+        views.augmentation,
+        byol,
+        optimizer,
+        batch_norm_images=config.batch_size * sharing,
+        frozen=frozen,
+    )
+    copied = copy.deepcopy(byol)
+    _lay_out(copied, config, accelerator)
+    model, optimizer = accelerator.prepare(copied, _create_optimizer(config, copied))
+    prepare = _Prepare(views, accelerator.device, config.channels_last)
+    seconds: list[float] = []
+    count = 1
+    with _open_batches(config, schedule, images, views.cut, accelerator, 0) as batches:
+        stream = iter(batches)
+        while len(seconds) < count:
+            start = time.perf_counter()
+            micro_batches, failure = _read(stream, accelerator.gradient_accumulation_steps)
+            raise_first(accelerator, failure)
+            figures = train_step(accelerator, model, optimizer, map(prepare, micro_batches), target_decay=1.0)
+            # Waits for the device.
+            figures["loss"].item()
+            seconds.append(time.perf_counter() - start)
+            if len(seconds) == 1:
+                count = on_main_process(
+                    accelerator, lambda: 1 + min(REHEARSED_STEPS, int(REHEARSAL_SECONDS / seconds[0]))
+                )
+    for line in [*paper_lines(compared, schedule, config.epochs), "", *rehearsal(schedule, byol, accelerator, seconds)]:
+        logger.info(line)
 
 
 def _resume(
