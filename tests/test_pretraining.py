@@ -1,8 +1,10 @@
 import copy
 import dataclasses
 import json
+import re
 import subprocess
 import sys
+import time
 
 import pytest
 import timm
@@ -184,8 +186,25 @@ def test_large_images_go_through_workers_to_the_same_weights_as_in_process(tmp_p
 
 
 def test_dry_run_trains_nothing_and_shows_the_views(tmp_path):
-    pretrain(quick(tmp_path / "run", dry_run=True))
+    encoder = pretrain(quick(tmp_path / "run", dry_run=True))
     assert [file.name for file in (tmp_path / "run").iterdir()] == ["views.png"]
+    torch.manual_seed(0)
+    initial = timm.create_model("test_resnet", num_classes=0).state_dict()
+    assert all(torch.equal(value, initial[name]) for name, value in encoder.state_dict().items())
+
+
+def test_dry_run_measures_the_run_and_tells_it_from_the_papers(tmp_path, caplog):
+    caplog.set_level("INFO")
+    began = time.perf_counter()
+    pretrain(quick(tmp_path / "run", dry_run=True, epochs=100, batch_size=128))
+    took = time.perf_counter() - began
+    [(rate, step, count)] = re.findall(r"([\d,]+) images/s, ([\d.]+) s a step, measured over (\d+) steps", caplog.text)
+    assert 1 < int(count) and int(count) * float(step) < took
+    assert float(rate.replace(",", "")) * float(step) == pytest.approx(128, rel=0.05)
+    assert re.search(r"memory +[\d.]+ GB .*measured", caplog.text)
+    assert re.search(r"about .* for 1,100 steps", caplog.text)
+    assert re.search(r"changed +batch +128 \(paper: 4096\)", caplog.text)
+    assert re.search(r"same +loss +both directions", caplog.text)
 
 
 def test_a_collapsed_run_stops_where_asked(tmp_path):
