@@ -1,8 +1,10 @@
 import dataclasses
 import re
 
+import numpy as np
 import pytest
 import yaml
+from accelerate.state import AcceleratorState
 
 from byol_timm.byol import BYOL
 from byol_timm.config import PretrainConfig, parse, presets
@@ -11,10 +13,16 @@ from byol_timm.encoder import create_encoder, fit_backbone, freeze_parts, parse_
 from byol_timm.errors import ByolTimmError
 from byol_timm.fidelity import points
 from byol_timm.optim import create_optimizer
-from byol_timm.pretraining import Schedule
+from byol_timm.pretraining import Schedule, pretrain
 
 IMAGENET = 1_281_167
 GIVEN_SIZE = 32
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerator():
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def settings(name, *flags):
@@ -109,6 +117,27 @@ def test_an_unknown_preset_is_one_line_with_the_nearest_names_and_all(typed, mea
     message = str(caught.value)
     assert message.startswith(f"no preset '{typed}'. {f'Did you mean {meant}' if meant else 'Presets:'}")
     assert all(name in message for name in presets()) and "\n" not in message
+
+
+@pytest.mark.parametrize(
+    "name, channels, flags",
+    [
+        ("satellite", 13, ["--backbone", "test_resnet"]),
+        ("medical_grey", 1, ["--backbone", "test_resnet", "--image_size", "64"]),
+        ("vit_small", 3, ["--backbone", "test_vit", "--image_size", "64"]),
+    ],
+)
+def test_a_preset_rehearses_on_images_of_its_kind(tmp_path, caplog, name, channels, flags):
+    (tmp_path / "images").mkdir()
+    for number in range(16):
+        np.save(
+            tmp_path / "images" / f"{number}.npy",
+            np.random.default_rng(number).integers(0, 256, (channels, 64, 64), np.uint8),
+        )
+    caplog.set_level("INFO")
+    tiny = ["--batch_size", "8", "--dataset", str(tmp_path / "images"), "--output_dir", str(tmp_path / "run")]
+    pretrain(settings(name, *flags, *tiny, "--workers", "0", "--hidden_dim", "64", "--dry_run"))
+    assert f"{channels} x 64 x 64" in caplog.text and "images/s" in caplog.text
 
 
 # Point by point beside the paper
