@@ -23,9 +23,9 @@ Config = TypeVar("Config")
 class PretrainConfig:
     """Pretrain a timm backbone with BYOL. Without any flag: resnet18 on scikit-learn's digits, in minutes on a CPU.
 
-    --config FILE.yaml reads settings from a file; flags win over it. A setting left at None is chosen by the data and
-    the backbone; the run prints what it chose and writes it to config.yaml. Devices, mixed precision and gradient
-    accumulation belong to accelerate launch.
+    --config takes a preset by name (--config alone lists them) or a YAML file; flags win over it. A setting left at
+    None is chosen by the data and the backbone; the run prints what it chose and writes it to config.yaml. Devices,
+    mixed precision and gradient accumulation belong to accelerate launch.
     """
 
     backbone: str = "resnet18"
@@ -173,20 +173,21 @@ class EvaluationConfig:
 
 
 def parse(config_class: type[Config], argv: Sequence[str] | None = None) -> Config:
-    """The settings that the command line asks for: defaults, then the YAML file of `--config`, then flags.
+    """The settings that the command line asks for: defaults, then the preset or YAML file of `--config`, then flags.
 
-    Raises `ByolTimmError` for an unknown flag or key (with the nearest valid name) and for a value of the wrong type.
+    Raises `ByolTimmError` for an unknown flag, key or preset (with the nearest valid name) and for a value of the wrong
+    type.
     """
     import tyro
 
     argv = list(sys.argv[1:] if argv is None else argv)
-    path, argv = _take_config(argv)
+    named, argv = _take_config(argv)
     fields = dataclasses.fields(config_class)  # type: ignore[arg-type]
     names = [field.name for field in fields]
     _check_flags(argv, names)
-    if path is not None:
+    if named is not None:
         switches = {field.name for field in fields if field.type is bool}
-        argv = [*_file_arguments(path, names, switches), *argv]
+        argv = [*_file_arguments(_config_file(named), names, switches), *argv]
     output = io.StringIO()
     try:
         with contextlib.redirect_stderr(output):
@@ -195,6 +196,15 @@ def parse(config_class: type[Config], argv: Sequence[str] | None = None) -> Conf
         if stop.code in (0, None):
             raise
         raise ByolTimmError(_plain(output.getvalue())) from None
+
+
+def presets() -> dict[str, Path]:
+    """The YAML files that `--config` finds by name: `recipes/presets` of a clone, or what the wheel has of it."""
+    package = Path(__file__).parent
+    folder = package / "presets"
+    if not folder.is_dir():
+        folder = package.parent / "recipes" / "presets"
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
 
 
 def to_yaml(config: Any) -> str:
@@ -240,19 +250,31 @@ def nearest(name: str, names: Sequence[str]) -> str:
 
 
 def _take_config(argv: list[str]) -> tuple[str | None, list[str]]:
-    rest, path, index = [], None, 0
+    rest, named, index = [], None, 0
     while index < len(argv):
         token = argv[index]
         if token == "--config":
             if index + 1 == len(argv):
-                raise ByolTimmError("--config takes a YAML file")
-            path, index = argv[index + 1], index + 2
+                raise ByolTimmError(f"--config takes a YAML file or a preset: {', '.join(presets())}")
+            named, index = argv[index + 1], index + 2
         elif token.startswith("--config="):
-            path, index = token.partition("=")[2], index + 1
+            named, index = token.partition("=")[2], index + 1
         else:
             rest.append(token)
             index += 1
-    return path, rest
+    return named, rest
+
+
+def _config_file(named: str) -> Path:
+    known = presets()
+    path = Path(named)
+    if named in known:
+        return known[named]
+    if path.is_file() or path.suffix in (".yaml", ".yml") or len(path.parts) > 1:
+        return path
+    near = difflib.get_close_matches(named, known, cutoff=0.5)
+    guess = f" Did you mean {' or '.join(near)}?" if near else ""
+    raise ByolTimmError(f"no preset {named!r}.{guess} Presets: {', '.join(known)}; or give a YAML file")
 
 
 def _check_flags(argv: list[str], names: list[str]) -> None:
@@ -263,13 +285,13 @@ def _check_flags(argv: list[str], names: list[str]) -> None:
                 raise ByolTimmError(f"unknown flag {token.partition('=')[0]}. {nearest(flag, names)}")
 
 
-def _file_arguments(path: str, names: list[str], switches: set[str]) -> list[str]:
+def _file_arguments(path: Path, names: list[str], switches: set[str]) -> list[str]:
     """The settings of a YAML file as command-line arguments, so that both are read by one parser.
 
     switches: settings that are on or off and take no value on the command line.
     """
     try:
-        settings = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ByolTimmError(f"config file {path} cannot be read ({error.strerror})") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:

@@ -1,10 +1,12 @@
 """`pretrain`: from settings to a trained encoder, top to bottom."""
 
 import contextlib
+import copy
 import dataclasses
 import hashlib
 import logging
 import math
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -43,6 +45,7 @@ from .defaults import (
 )
 from .encoder import enable_grad_checkpointing, encoder_width, freeze_parts, parse_kwargs
 from .errors import ByolTimmError
+from .fidelity import points
 from .hub import check_push, load_encoder, push_encoder, save_encoder
 from .interruption import Interrupted, Interruption, agree
 from .launch import (
@@ -59,7 +62,7 @@ from .monitor import NEIGHBOURS, Examples, LinearProbe
 from .optim import create_optimizer, learning_rate
 from .report import save_curves, save_report, save_views
 from .sources import Images, Splits, fingerprint, open_dataset
-from .summary import banner, closing, environment
+from .summary import banner, closing, environment, paper_lines, rehearsal
 
 logger = logging.getLogger(__name__)
 # What may differ between a run and its continuation; everything else decides what the weights become.
@@ -68,6 +71,8 @@ MAY_CHANGE = frozenset(
     "public push_training_state dry_run debug workers memory_limit on_bad_image".split()
 )
 MAX_SKIPPED_STEPS = 20
+# A dry run measures up to so many steps after the first, or five seconds of them.
+REHEARSED_STEPS, REHEARSAL_SECONDS = 10, 5
 # Figures of a step that are averaged over processes and over the steps between two lines of metrics.
 FIGURES = ("loss", *HEALTH)
 # What a process says in place of a signal's number, all of which are lower, when it met a failure of its own.
@@ -111,16 +116,15 @@ def pretrain(config: PretrainConfig) -> nn.Module:
             num_head_layers=settings.num_head_layers,
         )
         probe = LinearProbe(encoder_width(encoder), splits.train, accelerator.device) if splits.test else None
-        optimizer = create_optimizer(
-            settings.opt, byol, lr=0.0, weight_decay=settings.weight_decay, no_weight_decay=byol.no_weight_decay()
-        )
+        optimizer = _create_optimizer(settings, byol)
         for line in banner(settings, schedule, splits, byol, accelerator, folder, frozen):
             logger.info(line)
         if accelerator.is_main_process:
             folder.mkdir(parents=True, exist_ok=True)
             _save_example_views(splits.train, views, folder / "views.png")
         if settings.dry_run:
-            logger.info("dry run: nothing was trained. The views are in %s", folder / "views.png")
+            _rehearse(settings, schedule, splits.train, views, byol, optimizer, frozen, accelerator)
+            logger.info("\ndry run: nothing is kept but the views, in %s", folder / "views.png")
             return encoder.eval()
 
         # Where training stands.
@@ -138,17 +142,10 @@ def pretrain(config: PretrainConfig) -> nn.Module:
         )
 
         # Devices, processes, memory layout.
-        byol.to(memory_format=torch.channels_last if settings.channels_last else torch.contiguous_format)
-        if settings.grad_checkpointing:
-            enable_grad_checkpointing(encoder)
+        _lay_out(byol, settings, accelerator)
         group: Any = None
         if accelerator.num_processes > 1 and accelerator.device.type == "cuda":
-            # torch's own converter drops the activations inside timm's layers.
-            byol = convert_sync_batchnorm(byol)
             group = torch.distributed.new_group(backend="gloo")
-        if settings.compile:
-            for network in byol.children():
-                network.compile()
         model, optimizer = prepare(accelerator, byol, optimizer)
         if accelerator.scaler is not None and "scaler" in saved:
             accelerator.scaler.load_state_dict(saved["scaler"])
@@ -408,6 +405,71 @@ def _claim(folder: Path, config: PretrainConfig, stack: contextlib.ExitStack) ->
 
 def _backbone_kwargs(config: Any) -> dict[str, Any]:
     return parse_kwargs(tuple(pair for pair in config.backbone_kwargs if pair != "auto"))
+
+
+def _create_optimizer(config: Any, byol: BYOL) -> torch.optim.Optimizer:
+    return create_optimizer(
+        config.opt, byol, lr=0.0, weight_decay=config.weight_decay, no_weight_decay=byol.no_weight_decay()
+    )
+
+
+def _lay_out(byol: BYOL, config: Any, accelerator: Accelerator) -> None:
+    """Memory layout, recomputed activations, BatchNorm over all processes and compilation, as the settings ask."""
+    byol.to(memory_format=torch.channels_last if config.channels_last else torch.contiguous_format)
+    if config.grad_checkpointing:
+        enable_grad_checkpointing(byol.encoder)
+    if accelerator.num_processes > 1 and accelerator.device.type == "cuda":
+        # In place, but for a module that is itself a BatchNorm. torch's own drops the activations inside timm's layers.
+        convert_sync_batchnorm(byol)
+    if config.compile:
+        for network in byol.children():
+            network.compile()
+
+
+def _rehearse(
+    config: Any,
+    schedule: Schedule,
+    images: Images,
+    views: TwoViews,
+    byol: BYOL,
+    optimizer: torch.optim.Optimizer,
+    frozen: Sequence[str],
+    accelerator: Accelerator,
+) -> None:
+    """Say what of the paper the run keeps, and what it takes, by a few steps with a copy of the networks."""
+    # On GPUs, BatchNorm sees what all processes have.
+    sharing = accelerator.num_processes if accelerator.device.type == "cuda" else 1
+    compared = points(
+        config,
+        schedule,
+        views.augmentation,
+        byol,
+        optimizer,
+        batch_norm_images=config.batch_size * sharing,
+        frozen=frozen,
+    )
+    copied = copy.deepcopy(byol)
+    _lay_out(copied, config, accelerator)
+    model, optimizer = prepare(accelerator, copied, _create_optimizer(config, copied))
+    two_views = _Prepare(views, accelerator.device, config.channels_last)
+    seconds: list[float] = []
+    count = 1
+    with _open_batches(config, schedule, images, views.cut, accelerator, 0) as batches:
+        stream = iter(batches)
+        while len(seconds) < count:
+            start = time.perf_counter()
+            micro_batches, failure = _read(stream, accelerator.gradient_accumulation_steps)
+            raise_first(accelerator, failure)
+            figures = train_step(accelerator, model, optimizer, map(two_views, micro_batches), target_decay=1.0)
+            # Waits for the device.
+            figures["loss"].item()
+            seconds.append(time.perf_counter() - start)
+            if len(seconds) == 1:
+                count = on_main_process(
+                    accelerator, lambda: 1 + min(REHEARSED_STEPS, int(REHEARSAL_SECONDS / seconds[0]))
+                )
+    for line in [*paper_lines(compared, schedule, config.epochs), "", *rehearsal(schedule, byol, accelerator, seconds)]:
+        logger.info(line)
 
 
 def _resume(

@@ -1,7 +1,10 @@
-"""What a run says at its beginning and at its end, and the machine it ran on."""
+"""What a run says at its beginning, in a rehearsal and at its end, and the machine it ran on."""
 
 import platform
+import resource
 import shlex
+import statistics
+import sys
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -15,6 +18,7 @@ from .augment import omitted_operations
 from .byol import BYOL
 from .defaults import has_batch_norm, resolve_augmentation
 from .encoder import encoder_width
+from .fidelity import Point, nearest_schedule
 from .sources import Splits
 
 PACKAGES = ("byol_timm", "torch", "timm", "accelerate", "datasets", "huggingface_hub")
@@ -91,6 +95,51 @@ def banner(
     return [f"byol_timm {version('byol_timm')}", *(f"  {name:<10} {text}" for name, text in lines)]
 
 
+def rehearsal(schedule: Any, byol: BYOL, accelerator: Accelerator, seconds: Sequence[float]) -> list[str]:
+    """Lines that say what a run takes, by steps that were just made; seconds: that each of them took."""
+    online = [parameter for parameter in byol.parameters() if parameter.requires_grad]
+    # The first step prepares what later ones find ready.
+    step = statistics.median(seconds[1:] or seconds)
+    measured = f"measured over {len(seconds)} step" + "s" * (len(seconds) > 1)
+    lines = [
+        (
+            "parameters",
+            f"{sum(p.numel() for p in online) / 1e6:.1f} M trained, {_millions(byol)} with the target network",
+        ),
+        ("speed", f"{schedule.global_batch / step:,.0f} images/s, {step:.3g} s a step, {measured}"),
+        (
+            "time",
+            f"{_duration(step * schedule.total_steps)} for {schedule.total_steps:,} steps; evaluation comes on top",
+        ),
+        ("memory", f"{peak_memory(accelerator.device)}, measured"),
+    ]
+    return [f"  {name:<10} {text}" for name, text in lines]
+
+
+def paper_lines(points: Sequence[Point], schedule: Any, epochs: int) -> list[str]:
+    """Every point of the paper: kept, or what the run has in its place."""
+    compared, batch = nearest_schedule(epochs, schedule.global_batch)
+    width = max(len(point.name) for point in points)
+    lines = ["", f"beside the paper's ResNet-50 ({compared} epochs, batch {batch})"]
+    for point in points:
+        verdict = "same   " if point.same else "changed"
+        lines.append(
+            f"  {verdict}  {point.name:<{width}}  {point.here}" + f" (paper: {point.paper})" * (not point.same)
+        )
+    return lines
+
+
+def peak_memory(device: torch.device) -> str:
+    """The most memory that this process has had on its device so far."""
+    if device.type == "cuda":
+        whole = torch.cuda.get_device_properties(device).total_memory
+        return (
+            f"{torch.cuda.max_memory_reserved(device) / 2**30:.1f} GB of the GPU's {whole / 2**30:.0f} GB at its peak"
+        )
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return f"{peak / 2**30:.1f} GB at this process's peak"
+
+
 def closing(config: Any, folder: Path, record: dict[str, Any]) -> list[str]:
     """Lines that say, at the end, what came out, where it lies and what to type next."""
     minutes, seconds = divmod(round(record["seconds"]), 60)
@@ -148,6 +197,13 @@ def accuracy_lines(metrics: Mapping[str, Any], class_names: Sequence[str]) -> li
     known = [(share, name) for share, name in zip(metrics["per_class"], class_names, strict=False) if share is not None]
     worst = ", ".join(f"{name} {share:.1%}" for share, name in sorted(known)[:3])
     return [*lines, f"  mean per class {metrics['mean_per_class']:.1%}; lowest: {worst}"]
+
+
+def _duration(seconds: float) -> str:
+    hours, minutes = divmod(round(seconds / 60), 60)
+    if hours:
+        return f"about {hours:,} h {minutes} min"
+    return f"about {minutes} min" if minutes else f"about {seconds:.0f} s"
 
 
 def _millions(module: nn.Module) -> str:

@@ -17,7 +17,7 @@ LAYERS = [
     ["sources"],
     ["config", "augment", "data", "optim", "checkpoint", "metrics", "interruption", "card", "encoder", "launch"],
     ["byol", "hub", "defaults", "report"],
-    ["evaluation", "convert"],
+    ["evaluation", "convert", "fidelity"],
     ["summary", "monitor"],
     ["pretraining"],
     ["comparison"],

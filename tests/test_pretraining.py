@@ -1,9 +1,11 @@
 import copy
 import dataclasses
 import json
+import re
 import shutil
 import subprocess
 import sys
+import time
 
 import pytest
 import timm
@@ -173,7 +175,7 @@ def test_the_probe_leaves_no_trace_in_the_encoder(run, tmp_path, monkeypatch):
 
 def test_the_probe_learns_what_the_representation_tells(tmp_path):
     pretrain(quick(tmp_path / "run", epochs=4, batch_size=64, in_chans=1, knn_every=2))
-    start, middle, end = (row for row in read_metrics(tmp_path / "run" / "metrics.jsonl") if "knn" in row)
+    start, _, end = (row for row in read_metrics(tmp_path / "run" / "metrics.jsonl") if "knn" in row)
     assert "linear" not in start
     assert end["linear"] > 0.25
 
@@ -234,8 +236,25 @@ def test_large_images_go_through_workers_to_the_same_weights_as_in_process(tmp_p
 
 
 def test_dry_run_trains_nothing_and_shows_the_views(tmp_path):
-    pretrain(quick(tmp_path / "run", dry_run=True))
+    encoder = pretrain(quick(tmp_path / "run", dry_run=True))
     assert [file.name for file in (tmp_path / "run").iterdir()] == ["views.png"]
+    torch.manual_seed(0)
+    initial = timm.create_model("test_resnet", num_classes=0).state_dict()
+    assert all(torch.equal(value, initial[name]) for name, value in encoder.state_dict().items())
+
+
+def test_dry_run_measures_the_run_and_tells_it_from_the_papers(tmp_path, caplog):
+    caplog.set_level("INFO")
+    began = time.perf_counter()
+    pretrain(quick(tmp_path / "run", dry_run=True, epochs=100, batch_size=128))
+    took = time.perf_counter() - began
+    [(rate, step, count)] = re.findall(r"([\d,]+) images/s, ([\d.]+) s a step, measured over (\d+) steps", caplog.text)
+    assert 1 < int(count) and int(count) * float(step) < took
+    assert float(rate.replace(",", "")) * float(step) == pytest.approx(128, rel=0.05)
+    assert re.search(r"memory +[\d.]+ GB .*measured", caplog.text)
+    assert re.search(r"about .* for 1,100 steps", caplog.text)
+    assert re.search(r"changed +batch +128 \(paper: 4096\)", caplog.text)
+    assert re.search(r"same +loss +both directions", caplog.text)
 
 
 def test_a_collapsed_run_stops_where_asked(tmp_path):
