@@ -233,8 +233,9 @@ class _ShapesOnly(TorchFunctionMode):
     FUNCTIONS = frozenset(
         [
             *(nn.init.uniform_, nn.init.normal_, nn.init.constant_, nn.init.kaiming_uniform_),
-            *(Tensor.uniform_, Tensor.normal_, Tensor.fill_, Tensor.zero_, Tensor.erfinv_),
-            *(F.batch_norm, F.layer_norm, F.group_norm, F.gelu, F.relu, F.silu),
+            *(Tensor.uniform_, Tensor.normal_, Tensor.fill_, Tensor.zero_, Tensor.erfinv_, Tensor.clamp_),
+            *(F.batch_norm, F.layer_norm, F.group_norm, F.gelu, F.relu, F.silu, F.softmax),
+            *(torch.sigmoid, Tensor.sigmoid, Tensor.sigmoid_, Tensor.softmax),
         ]
     )
 
@@ -398,7 +399,10 @@ def _stem(encoder: Any) -> list[str]:
 
 
 def _holds(encoder: nn.Module, module: str, feature: str) -> bool:
-    return f"{feature}.".startswith(f"{module}.") or isinstance(encoder.get_submodule(module), nn.ModuleList)
+    inside = encoder.get_submodule(module)
+    # Gemma's networks name their features as seen from the network inside.
+    holds = f"{feature}.".startswith(f"{module}.") or feature in dict(inside.named_modules())
+    return holds or isinstance(inside, nn.ModuleList)
 
 
 def _letters_and_digits(text: str) -> str:

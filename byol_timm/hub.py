@@ -37,9 +37,9 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from timm.data import resolve_input_data_config
 from timm.models import _registry
 from timm.models._hub import save_config_for_hf
+from timm.models._input import get_model_input_config
 from timm.models._pretrained import PretrainedCfg
 from timm.utils import unwrap_model
 from torch import nn
@@ -90,7 +90,8 @@ def save_encoder(
     """The folder in timm's format that `timm.create_model("local-dir:FOLDER", pretrained=True)` loads to the same bits.
 
     encoder: a timm model with `num_classes=0`, bare or wrapped by DistributedDataParallel or torch.compile.
-    image_size: (H, W) or the side of a square; with mean, std, interpolation and crop_pct how images are prepared.
+    image_size: (H, W) or the side of a square, where the network takes more than one; with mean, std, interpolation and
+        crop_pct how images are prepared.
     card: text of README.md; None: `model_card` of the record. record: what made the encoder, for byol.json; secrets
         and folders of this machine are taken out. pictures: files to copy along, `curves.png` and `embedding.png`.
 
@@ -377,8 +378,11 @@ def _save_config(
     encoder: nn.Module, path: Path, input_size: tuple[int, int], preparation: dict[str, Any], facts: dict[str, Any]
 ) -> None:
     try:
-        channels = resolve_input_data_config(encoder, preparation)["input_size"][0]
-        preparation = {"input_size": (channels, *input_size), **preparation}
+        facts_of_input = get_model_input_config(encoder)
+        channels, *own_size = facts_of_input["input_size"]
+        # A network of one size brings all others to it by itself (CrossViT), and timm lets it be described by no other.
+        size = own_size if facts_of_input["fixed_input_size"] else input_size
+        preparation = {"input_size": (channels, *size), **preparation}
         save_config_for_hf(encoder, str(path), model_config={"pretrained_cfg": facts}, data_config=preparation)
     except ValueError as error:
         raise ByolTimmError(f"the encoder cannot be described to timm. {error}") from error

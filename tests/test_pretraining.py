@@ -1,6 +1,7 @@
 import copy
 import dataclasses
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -19,6 +20,7 @@ from torch import nn
 
 from byol_timm import BYOL, PretrainConfig, pretrain, pretraining
 from byol_timm.checkpoint import load_latest
+from byol_timm.config import parse
 from byol_timm.errors import ByolTimmError
 from byol_timm.metrics import read_metrics
 from byol_timm.pretraining import Schedule, open_images, train_step
@@ -137,8 +139,6 @@ def test_resuming_a_finished_run_changes_nothing(run):
 
 
 def test_config_yaml_repeats_the_run(run, tmp_path):
-    from byol_timm.config import parse
-
     folder, _ = run
     config = parse(PretrainConfig, ["--config", str(folder / "config.yaml"), "--output_dir", str(tmp_path / "again")])
     pretrain(config)
@@ -219,6 +219,36 @@ def test_frozen_parts_do_not_move(tmp_path):
     trained = load_file(tmp_path / "run" / "encoder" / "model.safetensors")
     assert torch.equal(trained["conv1.0.weight"], initial["conv1.0.weight"])
     assert not torch.equal(trained["layer1.0.conv1.weight"], initial["layer1.0.conv1.weight"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "backbone",
+    [
+        "resnet18",
+        "convnext_atto",
+        "vit_tiny_patch16_224",
+        "efficientnet_b0",
+        "swin_tiny_patch4_window7_224",
+        "mobilenetv4_conv_small",
+        "regnetx_002",
+        "nf_regnet_b0",
+        "test_mambaout",
+    ],
+)
+def test_the_same_command_line_takes_any_backbone(tmp_path, backbone):
+    folder = digits_folder(tmp_path / "images", 32, labelled=True)
+    settings = (
+        f"--dataset {folder} --image_size 64 --epochs 1 --batch_size 8 --hidden_dim 64 --save_every 2 "
+        f"--output_dir {tmp_path}/run"
+    )
+    trained = pretrain(parse(PretrainConfig, ["--backbone", backbone, *settings.split()]))
+    rows = [row for row in read_metrics(tmp_path / "run" / "metrics.jsonl") if "loss" in row]
+    assert len(rows) == 2 and all(math.isfinite(row["loss"]) for row in rows)
+    encoder = timm.create_model(f"local-dir:{tmp_path}/run/encoder", pretrained=True).eval()
+    images = torch.rand(2, 3, 64, 64)
+    with torch.no_grad():
+        assert torch.equal(encoder(images), trained.to(memory_format=torch.contiguous_format)(images))
 
 
 def test_a_transformer_trains_with_its_own_defaults(tmp_path):
