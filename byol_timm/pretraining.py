@@ -125,8 +125,12 @@ def pretrain(config: PretrainConfig) -> nn.Module:
             return encoder.eval()
 
         # Where training stands.
-        data = {"name": splits.train.name, "images": len(splits.train), "channels": splits.train.channels}
-        data["fingerprint"] = fingerprint(splits.train)
+        data: dict[str, Any] = {
+            "name": splits.train.name,
+            "images": len(splits.train),
+            "channels": splits.train.channels,
+            "fingerprint": fingerprint(splits.train),
+        }
         fault = f"sees other images in {settings.dataset} than process 0. Give all hosts the same files"
         check_same(accelerator, data["fingerprint"], fault)
         step = 0
