@@ -132,12 +132,12 @@ def raise_first(accelerator: Accelerator, failure: ByolTimmError | None) -> None
         raise ByolTimmError(texts[0])
 
 
-def check_same(accelerator: Accelerator, what: str) -> None:
-    """Raise `ByolTimmError` unless every process has the same text."""
+def check_same(accelerator: Accelerator, what: str, fault: str) -> None:
+    """Raise `ByolTimmError` unless every process has the same text; `fault` says what the odd one does."""
     digests = gather_object([hashlib.sha256(what.encode()).hexdigest()])
     if len(set(digests)) > 1:
         odd = next(rank for rank, digest in enumerate(digests) if digest != digests[0])
-        raise ByolTimmError(f"process {odd} was started with other settings than process 0. Give all the same command")
+        raise ByolTimmError(f"process {odd} {fault}")
 
 
 @torch.no_grad()

@@ -103,7 +103,8 @@ def pretrain(config: PretrainConfig) -> nn.Module:
         settings = resolve_training(settings, encoder, len(splits.train), forwards)
         schedule = Schedule.of(settings, len(splits.train), forwards)
         settings = resolve_intervals(settings, schedule.steps_per_epoch, len(splits.train))
-        check_same(accelerator, to_yaml(settings))
+        fault = "was started with other settings than process 0. Give all the same command"
+        check_same(accelerator, to_yaml(settings), fault)
 
         # The two views, both networks, the optimizer.
         mean, std = normalization(encoder, settings.in_chans)
@@ -128,12 +129,20 @@ def pretrain(config: PretrainConfig) -> nn.Module:
             return encoder.eval()
 
         # Where training stands.
-        data = {"name": splits.train.name, "images": len(splits.train), "channels": splits.train.channels}
-        data["fingerprint"] = fingerprint(splits.train)
+        data: dict[str, Any] = {
+            "name": splits.train.name,
+            "images": len(splits.train),
+            "channels": splits.train.channels,
+            "fingerprint": fingerprint(splits.train),
+        }
+        fault = f"sees other images in {settings.dataset} than process 0. Give all hosts the same files"
+        check_same(accelerator, data["fingerprint"], fault)
         step = 0
         saved: dict[str, Any] = {}
         if settings.resume:
             step, saved = _resume(settings, schedule, data, folder / "checkpoints", byol, optimizer, probe)
+            fault = f"finds other checkpoints in {folder} than process 0. Give all hosts one --output_dir to share"
+            check_same(accelerator, str(step), fault)
         if accelerator.is_main_process:
             (folder / "config.yaml").write_text(to_yaml(settings), encoding="utf-8")
             write_json(folder / "environment.json", environment(accelerator))

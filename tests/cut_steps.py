@@ -19,9 +19,10 @@ from torch import nn
 
 from byol_timm import BYOL, PretrainConfig
 from byol_timm.augment import AUGMENTATIONS, TwoViews
-from byol_timm.data import TrainingBatches, open_dataset
+from byol_timm.data import TrainingBatches
 from byol_timm.launch import create_accelerator, prepare
 from byol_timm.pretraining import Schedule, train_step
+from byol_timm.sources import open_dataset
 
 # Digits have 25 global batches of 64 an epoch: these steps end one and begin another.
 STEPS = range(24, 27)

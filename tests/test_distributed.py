@@ -14,6 +14,9 @@ from accelerate.state import AcceleratorState
 from cut_steps import take_steps
 from safetensors.torch import load_file
 
+from byol_timm import PretrainConfig, pretrain
+from byol_timm.config import parse
+
 pytestmark = pytest.mark.slow
 
 TRAIN = """
@@ -125,6 +128,22 @@ def test_processes_with_different_settings_are_refused_once(tmp_path):
     assert result.returncode != 0
     assert result.stderr.count("byol_timm: error:") == 1
     assert "process 1 was started with other settings than process 0" in result.stderr
+
+
+def test_hosts_that_share_no_disk_cannot_resume(tmp_path):
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    config = parse(PretrainConfig, [*SETTINGS, "--batch_size", "256", "--output_dir", str(tmp_path / "run")])
+    AcceleratorState._reset_state(reset_partial_state=True)
+    pretrain(config)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    script = TRAIN.replace(
+        "import os\n", f"import os\n        if os.environ['RANK'] == '1': os.chdir({str(elsewhere)!r})\n"
+    )
+    result = launch(tmp_path, script, *SETTINGS, "--batch_size", "128", "--resume")
+    assert result.returncode != 0
+    assert result.stderr.count("byol_timm: error:") == 1
+    assert "process 1 finds other checkpoints in run than process 0" in result.stderr
 
 
 def test_a_bad_image_of_any_process_ends_all_with_its_name(tmp_path):

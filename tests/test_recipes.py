@@ -2,11 +2,14 @@
 
 import os
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from byol_timm.errors import ByolTimmError
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -73,3 +76,31 @@ def test_the_readmes_commands_lead_from_images_to_a_probe(tmp_path):
     result = call([*push.split(), "--dry_run"], tmp_path)
     assert result.returncode == 0, result.stderr[-3000:]
     assert "model.safetensors" in result.stdout
+
+
+@pytest.fixture(scope="module")
+def scale():
+    return runpy.run_path(str(ROOT / "recipes/scale.py"))
+
+
+def test_the_page_of_scale_is_what_its_recipe_prints(scale):
+    assert "\n".join(scale["page"](scale["Scale"]())) + "\n" == (ROOT / "recipes/scale.md").read_text(encoding="utf-8")
+
+
+def test_scale_is_worked_out_from_what_is_put_in(scale):
+    config = scale["Scale"](
+        gpus=(2,), cards=("X",), supervised=(800,), prices=(2,), global_batch=600, latency=100, inside=1, image_kb=100
+    )
+    network = scale["Network"](online=10**9, target=0, buffers=0, activations=10**7, exchanges=100)
+    [row] = [
+        line.strip("| ").split(" | ") for line in scale["table"](config, network, 3600) if line.startswith("| 2 X")
+    ]
+    # 300 images a second and GPU; 4 GB of gradients at 1 GB/s, a quarter of a second of them hidden.
+    assert row[1:7] == ["300", "17 GB", "1000 ms", "4000 ms", "250 ms", "10 ms"]
+    assert row[7:] == ["4760 ms", "63", "0.2", "13", "0.2", "10", "$19"]
+
+
+def test_every_card_of_scale_has_its_figures(scale, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["scale.py", "--cards", "A100", "H100", "B200"])
+    with pytest.raises(ByolTimmError, match="--cards names 3 kinds"):
+        scale["main"]()
