@@ -60,7 +60,7 @@ class PretrainConfig:
     streaming: bool = False
     """Read parquet, arrow or tar (webdataset) shards, here or on the Hub, bit by bit and without a copy on disk."""
     shuffle_buffer: int | None = None
-    """With --streaming: images held in memory, encoded, to be shuffled; None: 10,000."""
+    """With --streaming: images that are held in memory, encoded, to shuffle them; None: 10,000."""
     num_images: int | None = None
     """With --streaming: how many images the split has, where its files do not say."""
     on_bad_image: Literal["skip", "error"] = "skip"

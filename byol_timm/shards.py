@@ -39,6 +39,7 @@ FORMATS = {"parquet": ".parquet", "arrow": ".arrow", "webdataset": ".tar"}
 QUERIES, BANK, UNLABELLED, SAMPLED_SHARDS = 2_000, 8_000, 256, 64
 # What is read of a shard at a time, and how many shards are opened at a time.
 READ_ROWS, READ_BYTES, READ_THREADS = 16, 2**20, 8
+HELD_ROWS = 128
 # A row's number is that of its shard, shifted by these, and its place in the shard.
 ROW_BITS = 32
 
@@ -382,13 +383,12 @@ def _heads(shards: _Shards, column: str, count: int) -> list[_Cell]:
 
 
 class _Sample:
-    """Consecutive rows of some shards, in any order; the last shard that was looked into is held."""
+    """Consecutive rows of some shards, in any order; the last ones read are held: the next is likely there."""
 
     def __init__(self, shards: _Shards, column: str, cells: Sequence[_Cell]) -> None:
         self.shards, self.column = shards, column
         self.places = np.array([(cell.shard, cell.row) for cell in cells], dtype=np.int64).reshape(-1, 2)
-        self._shard: int | None = None
-        self._held: dict[int, bytes | None] = {}
+        self._held: dict[tuple[int, int], bytes | None] = {}
 
     def images(self, train: Stream, classes: Sequence[str | None] | None, class_names: tuple[str, ...]) -> Images:
         """These as images, with labels if there are."""
@@ -412,9 +412,9 @@ class _Sample:
 
     def _find(self, row: int) -> bytes | None:
         shard, place = self.places[row].tolist()
-        if shard != self._shard:
-            rows = self.places[self.places[:, 0] == shard, 1].tolist()
-            cells = itertools.islice(_read(self.shards, shard, rows[0], self.column), len(rows))
-            self._held = dict(zip(rows, map(_content, cells), strict=True))
-            self._shard = shard
-        return self._held[place]
+        if (shard, place) not in self._held:
+            rows = self.places[row:][:HELD_ROWS]
+            keys = [(shard, later) for other, later in rows.tolist() if other == shard]
+            cells = itertools.islice(_read(self.shards, shard, place, self.column), len(keys))
+            self._held = dict(zip(keys, map(_content, cells), strict=True))
+        return self._held[shard, place]

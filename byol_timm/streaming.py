@@ -29,13 +29,14 @@ Rows = list[tuple[int, bytes | None]]
 class StreamBatches:
     """Endless batches of one process from a stream, from optimizer step `start_step` on; what `TrainingBatches` is.
 
-    The order of an epoch: its shards are permuted, and the images of all of them, less those that do not fill a global
-    batch, cut into lanes of equal length, as many as shards, at most 64, and a power of two that divides the global
-    batch; one, if it is unknown how many rows each shard has. Within blocks of a lane, of `shuffle_buffer` images over
-    all lanes, images are permuted. The global batch of a step takes equally many from every lane, one lane after the
-    other, and processes take their slices of it as in `TrainingBatches`. All this depends on seed and step only.
-    A process reads the lanes that its slices lie in and holds their blocks, encoded. Images that cannot be read are
-    replaced by ones of `bank` that their ordinal chooses, and noted in `bad`.
+    The order of an epoch: its shards are permuted, as many of their images as fill global batches are cut out at a
+    random place, and these into lanes of equal length: a power of two that divides the global batch, at most 64 and not
+    more than shards, or one lane where it is unknown how many rows shards have. Images are permuted within blocks of a
+    lane, of `shuffle_buffer` images over all lanes. The global batch of a step is equally many images of every lane,
+    lane after lane, and processes take their slices of it as in `TrainingBatches`: the order is a function of the seed
+    and the step, whatever the number of processes and workers.
+    A process reads the lanes that its slices lie in, and holds a block of each, encoded. An image that cannot be read
+    is replaced by one of `bank` that its ordinal chooses, and noted in `bad`; too many end it all, as there.
     """
 
     def __init__(
@@ -124,13 +125,16 @@ class StreamBatches:
         """The rows of a lane in that epoch, `length` in all, from `start` on."""
         block = max(1, self.shuffle_buffer // self.lanes)
         first = start - start % block
+        unused = len(self.stream) % self.global_batch
+        skipped = np.random.default_rng((self.seed % 2**64, epoch, 1 + MAX_LANES)).integers(unused + 1)
+        begins = int(skipped) + lane * length
         shards = epoch_order(self.seed, epoch, len(self.stream.shards)).numpy()
-        rows = self.stream.rows(shards, lane * length + first)
+        rows = self.stream.rows(shards, begins + first)
         for begin in range(first, length, block):
             held = list(itertools.islice(rows, min(block, length - begin)))
             if len(held) < min(block, length - begin):
                 raise ByolTimmError(
-                    f"{self.stream.name} ended after {lane * length + begin + len(held)} of {len(self.stream)} images. "
+                    f"{self.stream.name} ended after {begins + begin + len(held)} of {len(self.stream)} images. "
                     "start anew with that --num_images"
                 )
             order = np.random.default_rng((self.seed % 2**64, epoch, 1 + lane, begin)).permutation(len(held))
