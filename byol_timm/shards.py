@@ -70,6 +70,11 @@ class Stream:
         return self.size
 
     @property
+    def held_out(self) -> int:
+        """Images of the same shards that are not trained on."""
+        return int(self.first.sum())
+
+    @property
     def has_counts(self) -> bool:
         """Whether it is known how many rows each shard has, so that reading can begin anywhere."""
         return self.shards.counts is not None

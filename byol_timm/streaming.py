@@ -133,9 +133,9 @@ class StreamBatches:
         for begin in range(first, length, block):
             held = list(itertools.islice(rows, min(block, length - begin)))
             if len(held) < min(block, length - begin):
+                found = begins + begin + len(held) + self.stream.held_out
                 raise ByolTimmError(
-                    f"{self.stream.name} ended after {begins + begin + len(held)} of {len(self.stream)} images. "
-                    "start anew with that --num_images"
+                    f"{self.stream.name} ended after {found} images. start anew with --num_images {found}"
                 )
             order = np.random.default_rng((self.seed % 2**64, epoch, 1 + lane, begin)).permutation(len(held))
             # From the end, so that images are let go as they are passed on.
