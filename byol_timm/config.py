@@ -57,8 +57,14 @@ class PretrainConfig:
     """Data loading processes for images that do not fit in memory; None: one per core, at most 8."""
     memory_limit: float = 2.0
     """Images of one shape are held decoded in memory up to this many GB."""
+    streaming: bool = False
+    """Read parquet, arrow or tar (webdataset) shards, here or on the Hub, bit by bit and without a copy on disk."""
+    shuffle_buffer: int | None = None
+    """With --streaming: images that are held in memory, encoded, to shuffle them; None: 10,000."""
+    num_images: int | None = None
+    """With --streaming: how many images the split has, where its files do not say."""
     on_bad_image: Literal["skip", "error"] = "skip"
-    """An image that cannot be read is replaced by the next one and counted, or ends the run."""
+    """An image that cannot be read is replaced by another one and counted, or ends the run."""
 
     augmentation: Literal["auto", "paper", "torchvision", "small", "digits"] = "auto"
     """Named set of augmentations; auto: digits for digits, small up to 64 px, else paper."""

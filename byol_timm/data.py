@@ -111,20 +111,11 @@ class TrainingBatches:
         memory_limit: float = 2 * 2**30,
         on_bad_image: OnBadImage = "skip",
     ) -> None:
-        micro_batches, rest = divmod(global_batch, batch_size * world)
-        if rest or not micro_batches:
-            raise ByolTimmError(f"global batch {global_batch} is not a multiple of {batch_size} x {world} processes")
-        if len(images) < global_batch:
-            product = f"{batch_size} x {world * micro_batches}"
-            raise ByolTimmError(
-                f"dataset has {len(images)} images but the global batch is {global_batch} ({product}). "
-                "lower --batch_size, the processes or the accumulation"
-            )
+        check_batch(len(images), batch_size, global_batch, world)
         self.images, self.seed, self.start_step = images, seed, start_step
         self.batch_size, self.global_batch, self.rank, self.world = batch_size, global_batch, rank, world
-        self.on_bad_image = on_bad_image
         self.workers = workers
-        self.bad: dict[int, str] = {}
+        self.bad = BadImages(images.name, len(images), on_bad_image)
         self._cut = cut
         self._running: Generator[Batch] | None = None
         self._pixels = self._load(memory_limit)
@@ -171,14 +162,14 @@ class TrainingBatches:
         crops = self._cut(next(readable(self.images, 100, self.images.decode)), 0)
         reader = _CropReader(self.images, self._cut)
         seen = replaced = 0
-        answers = _stream(reader, self._ordinals(), _worker_count(self.workers), crops.numel() * self.batch_size)
+        answers = in_workers(reader, self._ordinals(), worker_count(self.workers), crops.numel() * self.batch_size)
         with contextlib.closing(answers):
             for crops, ordinals, bad in answers:
-                self._note(bad)
+                self.bad.note(bad)
                 seen += len(ordinals)
                 replaced += sum(ordinal % len(self.images) in bad for ordinal in ordinals.tolist())
-                self._check(replaced, seen)
-                self._check(len(self.bad), len(self.images))
+                self.bad.check(replaced, seen)
+                self.bad.check(len(self.bad), len(self.images))
                 yield Batch(None, crops, ordinals)
 
     def _load(self, limit: float) -> Tensor | None:
@@ -189,15 +180,15 @@ class TrainingBatches:
             return None
         pixels, good = torch.empty(n, *shape, dtype=torch.uint8), torch.zeros(n, dtype=torch.bool)
         chunk = max(1, min(256, LOAD_BYTES // shape.numel()))
-        workers = _worker_count(self.workers, n * shape.numel())
+        workers = worker_count(self.workers, n * shape.numel())
         reader = _ImageReader(self.images, _SameShape(shape))
-        answers = _stream(reader, torch.arange(n).split(chunk), workers, chunk * shape.numel())
+        answers = in_workers(reader, torch.arange(n).split(chunk), workers, chunk * shape.numel())
         bar = tqdm(total=n, unit="image", desc="decoding", disable=True if self.rank else None)
         try:
             with contextlib.closing(answers), bar:
                 for decoded, indices, bad in answers:
-                    self._note(bad)
-                    self._check(len(self.bad), n)
+                    self.bad.note(bad)
+                    self.bad.check(len(self.bad), n)
                     if len(indices):
                         pixels[indices], good[indices] = decoded, True
                     bar.update(len(indices) + len(bad))
@@ -209,22 +200,43 @@ class TrainingBatches:
             pixels[index] = pixels[whole[torch.searchsorted(whole, index) % len(whole)]]
         return pixels
 
-    def _note(self, bad: dict[int, str]) -> None:
+
+def check_batch(num_images: int, batch_size: int, global_batch: int, world: int) -> None:
+    """Raise `ByolTimmError` unless so many images make up global batches of `batch_size` images per process."""
+    micro_batches, rest = divmod(global_batch, batch_size * world)
+    if rest or not micro_batches:
+        raise ByolTimmError(f"global batch {global_batch} is not a multiple of {batch_size} x {world} processes")
+    if num_images < global_batch:
+        product = f"{batch_size} x {world * micro_batches}"
+        raise ByolTimmError(
+            f"dataset has {num_images} images but the global batch is {global_batch} ({product}). "
+            "lower --batch_size, the processes or the accumulation"
+        )
+
+
+class BadImages(dict[int, str]):
+    """Images of a data set that cannot be read and were replaced, each with the reason."""
+
+    def __init__(self, name: str, num_images: int, on_bad_image: OnBadImage) -> None:
+        super().__init__()
+        self.name, self.num_images, self.on_bad_image = name, num_images, on_bad_image
+
+    def note(self, bad: dict[int, str]) -> None:
         """Remember and report images that cannot be read."""
         for index, reason in bad.items():
             if self.on_bad_image == "error":
                 raise ByolTimmError(f"image cannot be read: {reason}. mend or remove it, or use --on_bad_image skip")
-            if index not in self.bad:
-                self.bad[index] = reason
-                if len(self.bad) % 1000 == 1:
-                    logger.warning("image cannot be read, the next one takes its place (%d): %s", len(self.bad), reason)
+            if index not in self:
+                self[index] = reason
+                if len(self) % 1000 == 1:
+                    logger.warning("image cannot be read, another one takes its place (%d): %s", len(self), reason)
 
-    def _check(self, count: int, seen: int) -> None:
+    def check(self, count: int, seen: int) -> None:
         """Stop when too many images cannot be read."""
-        if count > MAX_BAD * max(seen, min(1000, len(self.images))):
-            first = next(iter(self.bad.values()))
+        if count > MAX_BAD * max(seen, min(1000, self.num_images)):
+            first = next(iter(self.values()))
             raise ByolTimmError(
-                f"{count} of {seen} images of {self.images.name} cannot be read; the first: {first}. check the files"
+                f"{count} of {seen} images of {self.name} cannot be read; the first: {first}. check the files"
             )
 
 
@@ -245,9 +257,9 @@ def evaluation_batches(
     """
     chosen = _chosen(images, indices)
     example = _example(images, chosen)
-    count, size = _worker_count(workers, len(chosen) * example.numel()), transform(example).numel()
+    count, size = worker_count(workers, len(chosen) * example.numel()), transform(example).numel()
     bad: dict[int, str] = {}
-    answers = _stream(_ImageReader(images, transform), chosen.split(batch_size), count, size * batch_size)
+    answers = in_workers(_ImageReader(images, transform), chosen.split(batch_size), count, size * batch_size)
     with contextlib.closing(answers):
         for pixels, good, reasons in answers:
             bad |= reasons
@@ -355,7 +367,7 @@ class _SameShape:
         return image
 
 
-def _stream(reader: Any, requests: Iterable[Any], workers: int, request_bytes: int) -> Generator[Any]:
+def in_workers(reader: Any, requests: Iterable[Any], workers: int, request_bytes: int) -> Generator[Any]:
     """The reader's answers to the requests, in their order, prepared by worker processes."""
     if workers:
         _check_shared_memory(request_bytes * (workers * PREFETCH + 1))
@@ -417,7 +429,7 @@ def _check_shared_memory(needed: int, folder: str = "/dev/shm") -> None:
         )
 
 
-def _worker_count(workers: int | None, num_bytes: float = math.inf) -> int:
+def worker_count(workers: int | None, num_bytes: float = math.inf) -> int:
     """As many as asked for; else one per core of this process, at most 8, or none for few bytes of decoded images."""
     if workers is not None:
         return workers

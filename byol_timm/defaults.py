@@ -17,6 +17,7 @@ AUGMENTATION_FLAGS = ("crop_scale", "rotate", "flip", "jitter", "colors", "blur"
 # Evaluation takes at most this share of a run's forward passes, of which a training image needs eight: two views
 # through two networks, and backward passes of twice a forward's cost through one of them.
 EVALUATION_SHARE, FORWARDS_PER_IMAGE = 0.1, 8
+SHUFFLE_BUFFER = 10_000
 
 
 def output_dir(config: PretrainConfig) -> Path:
@@ -33,6 +34,8 @@ def resolve_images(config: PretrainConfig, image_side: int) -> Any:
     if augmentation == "auto":
         augmentation = "digits" if config.dataset == "digits" else "small" if image_size <= 64 else "paper"
     config = dataclasses.replace(config, image_size=image_size, augmentation=augmentation)
+    if config.streaming and config.shuffle_buffer is None:
+        config = dataclasses.replace(config, shuffle_buffer=SHUFFLE_BUFFER)
     return dataclasses.replace(config, output_dir=str(output_dir(config)))
 
 
@@ -113,7 +116,7 @@ def is_patch_transformer(encoder: nn.Module) -> bool:
 def check(config: PretrainConfig) -> None:
     """Refuse values that no run can have, before anything is read."""
     positive = ("image_size", "in_chans", "epochs", "batch_size", "hidden_dim", "projection_dim", "save_every")
-    for name in (*positive, "log_every", "knn_every", "max_time"):
+    for name in (*positive, "log_every", "knn_every", "max_time", "shuffle_buffer", "num_images"):
         value = getattr(config, name)
         if value is not None and value <= 0:
             raise ByolTimmError(f"--{name} must be positive ({value})")
@@ -130,6 +133,14 @@ def check(config: PretrainConfig) -> None:
         raise ByolTimmError(f"--image_share must lie above 0 and be at most 1 ({config.image_share})")
     if config.crop_scale is not None and not 0 < config.crop_scale[0] <= config.crop_scale[1]:
         raise ByolTimmError(f"--crop_scale takes the lowest and the highest area {config.crop_scale}")
+    for name in ("shuffle_buffer", "num_images"):
+        if getattr(config, name) is not None and not config.streaming:
+            raise ByolTimmError(f"--{name} ({getattr(config, name)}) is for --streaming. Leave it out")
+    if config.streaming and config.memory_limit != PretrainConfig.memory_limit:
+        raise ByolTimmError(
+            f"--memory_limit ({config.memory_limit:g}) is for decoded images and --streaming holds none. "
+            "Use --shuffle_buffer"
+        )
     if config.num_head_layers not in (None, 2, 3):
         raise ByolTimmError(f"--num_head_layers is 2 or 3 ({config.num_head_layers})")
 

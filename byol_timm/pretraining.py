@@ -61,7 +61,9 @@ from .metrics import CollapseAlarm, MetricsLog, effective_rank, read_metrics, wr
 from .monitor import NEIGHBOURS, Examples, LinearProbe
 from .optim import create_optimizer, learning_rate
 from .report import save_curves, save_report, save_views
+from .shards import StreamSplits, open_stream
 from .sources import Images, Splits, fingerprint, open_dataset
+from .streaming import StreamBatches
 from .summary import banner, closing, environment, paper_lines, rehearsal
 
 logger = logging.getLogger(__name__)
@@ -96,8 +98,8 @@ def pretrain(config: PretrainConfig) -> nn.Module:
 
         # The images, the encoder that fits them, and what both leave to choose.
         with accelerator.main_process_first():
-            splits = open_images(config)
-            settings = resolve_images(config, splits.train.side())
+            splits = _open_stream(config) if config.streaming else open_images(config)
+            settings = resolve_images(config, splits.bank.side())
             encoder = initial_encoder(settings)
         forwards = accelerator.num_processes * accelerator.gradient_accumulation_steps
         settings = resolve_training(settings, encoder, len(splits.train), forwards)
@@ -116,15 +118,17 @@ def pretrain(config: PretrainConfig) -> nn.Module:
             projection_dim=settings.projection_dim,
             num_head_layers=settings.num_head_layers,
         )
-        probe = LinearProbe(encoder_width(encoder), splits.train, accelerator.device) if splits.test else None
+        probe = None
+        if splits.test is not None and isinstance(splits, Splits):
+            probe = LinearProbe(encoder_width(encoder), splits.train, accelerator.device)
         optimizer = _create_optimizer(settings, byol)
         for line in banner(settings, schedule, splits, byol, accelerator, folder, frozen):
             logger.info(line)
         if accelerator.is_main_process:
             folder.mkdir(parents=True, exist_ok=True)
-            _save_example_views(splits.train, views, folder / "views.png")
+            _save_example_views(splits.bank, views, folder / "views.png")
         if settings.dry_run:
-            _rehearse(settings, schedule, splits.train, views, byol, optimizer, frozen, accelerator)
+            _rehearse(settings, schedule, splits, views, byol, optimizer, frozen, accelerator)
             logger.info("\ndry run: nothing is kept but the views, in %s", folder / "views.png")
             return encoder.eval()
 
@@ -160,7 +164,8 @@ def pretrain(config: PretrainConfig) -> nn.Module:
             accelerator.scaler.load_state_dict(saved["scaler"])
 
         # What reads, watches and writes.
-        batches = stack.enter_context(_open_batches(settings, schedule, splits.train, views.cut, accelerator, step))
+        batches = _open_batches(settings, schedule, splits, views.cut, accelerator, step)
+        stack.callback(batches.close)
         two_views = _Prepare(views, accelerator.device, settings.channels_last)
         alarm = CollapseAlarm(
             opt=settings.opt,
@@ -184,7 +189,7 @@ def pretrain(config: PretrainConfig) -> nn.Module:
             )
             evaluated = {row["step"] for row in read_metrics(folder / "metrics.jsonl") if "knn" in row}
             shape = dict(mean=mean, std=std, channels_last=settings.channels_last)
-            held_out = Examples.held_out(settings, splits.train, splits.test, **shape) if splits.test else None
+            held_out = Examples.held_out(settings, splits.bank, splits.test, **shape) if splits.test else None
 
         def save() -> None:
             state = {"config": dataclasses.asdict(settings), "data": data, "global_batch": schedule.global_batch}
@@ -412,6 +417,18 @@ def _claim(folder: Path, config: PretrainConfig, stack: contextlib.ExitStack) ->
     stack.enter_context(lock_folder(folder))
 
 
+def _open_stream(config: PretrainConfig) -> StreamSplits:
+    return open_stream(
+        config.dataset,
+        config=config.dataset_config,
+        split=config.split,
+        image_column=config.image_column,
+        label_column=config.label_column,
+        in_chans=config.in_chans,
+        num_images=config.num_images,
+    )
+
+
 def _backbone_kwargs(config: Any) -> dict[str, Any]:
     return parse_kwargs(tuple(pair for pair in config.backbone_kwargs if pair != "auto"))
 
@@ -438,7 +455,7 @@ def _lay_out(byol: BYOL, config: Any, accelerator: Accelerator) -> None:
 def _rehearse(
     config: Any,
     schedule: Schedule,
-    images: Images,
+    splits: Splits | StreamSplits,
     views: TwoViews,
     byol: BYOL,
     optimizer: torch.optim.Optimizer,
@@ -463,7 +480,7 @@ def _rehearse(
     two_views = _Prepare(views, accelerator.device, config.channels_last)
     seconds: list[float] = []
     count = 1
-    with _open_batches(config, schedule, images, views.cut, accelerator, 0) as batches:
+    with contextlib.closing(_open_batches(config, schedule, splits, views.cut, accelerator, 0)) as batches:
         stream = iter(batches)
         while len(seconds) < count:
             start = time.perf_counter()
@@ -519,13 +536,12 @@ def _resume(
 def _open_batches(
     config: Any,
     schedule: Schedule,
-    images: Images,
+    splits: Splits | StreamSplits,
     cut: Callable[[Tensor, int], Tensor],
     accelerator: Accelerator,
     step: int,
-) -> TrainingBatches:
-    return TrainingBatches(
-        images,
+) -> TrainingBatches | StreamBatches:
+    settings: dict[str, Any] = dict(
         batch_size=config.batch_size,
         global_batch=schedule.global_batch,
         rank=accelerator.process_index,
@@ -534,9 +550,11 @@ def _open_batches(
         start_step=step,
         cut=cut,
         workers=config.workers,
-        memory_limit=int(config.memory_limit * 2**30),
         on_bad_image=config.on_bad_image,
     )
+    if isinstance(splits, StreamSplits):
+        return StreamBatches(splits.train, splits.bank, shuffle_buffer=config.shuffle_buffer, **settings)
+    return TrainingBatches(splits.train, memory_limit=int(config.memory_limit * 2**30), **settings)
 
 
 def _read(stream: Iterator[Batch], count: int) -> tuple[list[Batch], ByolTimmError | None]:
@@ -612,7 +630,7 @@ def _finish(
     encoder: nn.Module,
     record: dict[str, Any],
     held_out: Examples | None,
-    splits: Splits,
+    splits: Splits | StreamSplits,
     *,
     mean: Sequence[float],
     std: Sequence[float],
@@ -637,7 +655,7 @@ def _finish(
         if linear:
             record["results"]["linear_byol"] = 100 * linear[-1]
     shape = dict(mean=mean, std=std, channels_last=config.channels_last)
-    examples = held_out or Examples.of_training(config, splits.train, **shape)
+    examples = held_out or Examples.of_training(config, splits.bank, **shape)
     examples.save_pictures(encoder, folder)
     save_curves(rows, folder / "curves.png", baselines=baselines)
     save_encoder(

@@ -8,7 +8,7 @@ import os
 import re
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, Protocol, TypeVar
@@ -35,8 +35,8 @@ HELD_OUT, DIGITS_HELD_OUT = 0.1, 0.2
 EXTENSIONS = tuple(
     ".jpg .jpeg .jpe .jfif .png .webp .bmp .dib .tif .tiff .gif .ppm .pgm .pbm .pnm .jp2 .j2k .avif .npy".split()
 )
-TABLES = (".parquet", ".arrow")
-HUB_ID = r"(?!.*\.(parquet|arrow)$)[\w-][\w.-]*(/[\w-][\w.-]*)?"
+TABLES, TARS = (".parquet", ".arrow"), (".tar",)
+HUB_ID = r"(?!.*\.(parquet|arrow|tar)$)[\w-][\w.-]*(/[\w-][\w.-]*)?"
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,11 @@ class Splits:
     train: "Images"
     test: "Images | None"
     note: str
+
+    @property
+    def bank(self) -> "Images":
+        """Training images that can be read in any order."""
+        return self.train
 
 
 class _Source(Protocol):
@@ -85,6 +90,10 @@ class Images:
         labels = None if self.labels is None else self.labels[indices]
         return Images(self.name, self.channels, labels, self.class_names, self.source, self.rows[indices])
 
+    def identity(self) -> Iterable[bytes]:
+        """What tells these images from others."""
+        return self.source.identity(self.rows)
+
     def side(self) -> int:
         """The longer side in pixels of a typical image."""
         return int(np.median(list(readable(self, 9, lambda index: self.source.side(int(self.rows[index]))))))
@@ -108,7 +117,7 @@ def open_dataset(
     stacks and arrays have. Raises `ByolTimmError`.
     """
     path = Path(dataset).expanduser()
-    files = _scan(path) if path.is_dir() and dataset != "digits" else None
+    files = scan(path) if path.is_dir() and dataset != "digits" else None
     held_out = HELD_OUT
     if files and files.tables and files.images:
         count = f"{files.tables} tables and {len(files.images)} images"
@@ -130,10 +139,19 @@ def open_dataset(
     return _choose(parts, dataset, split, in_chans, seed, held_out)
 
 
-def fingerprint(images: Images) -> str:
+class Identified(Protocol):
+    """Images that can be told from others."""
+
+    @property
+    def channels(self) -> int: ...
+    def __len__(self) -> int: ...
+    def identity(self) -> Iterable[bytes]: ...
+
+
+def fingerprint(images: Identified) -> str:
     """A hash of which images these are: names and sizes, content where that is cheap, number and channels."""
     digest = hashlib.sha256(f"{len(images)} {images.channels}".encode())
-    for part in images.source.identity(images.rows):
+    for part in images.identity():
         digest.update(part)
     return digest.hexdigest()
 
@@ -197,7 +215,7 @@ class _Files:
             return longer_side(file)
 
     def describe(self, row: int) -> str:
-        return _printable(self.names[row])
+        return printable(self.names[row])
 
     def identity(self, rows: Array) -> Iterable[bytes]:
         yield "\n".join(self.names[row] for row in rows.tolist()).encode(errors="surrogateescape")
@@ -263,7 +281,7 @@ def _file_content(path: str) -> bytes:
     try:
         return Path(path).read_bytes()
     except OSError as error:
-        raise BadImage(f"{_printable(path)}: {error.strerror}") from error
+        raise BadImage(f"{printable(path)}: {error.strerror}") from error
 
 
 @dataclass(frozen=True)
@@ -278,11 +296,7 @@ class _Part:
 
 def _choose(parts: dict[str, _Part], name: str, split: str | None, channels: int, seed: int, held_out: float) -> Splits:
     """Training images and, where there are labels, test images."""
-    if split is None and TRAIN not in parts and len(parts) > 1:
-        raise ByolTimmError(f"dataset {name} has no split train, only {', '.join(parts)}. choose one with --split")
-    train_name = split or (TRAIN if TRAIN in parts else next(iter(parts)))
-    if train_name not in parts:
-        raise ByolTimmError(f"dataset {name} has no split {train_name}. choose one with --split: {', '.join(parts)}")
+    train_name = train_split(parts, name, split)
     train = _images(parts[train_name], name, channels, parts[train_name].class_names)
     if not len(train):
         raise ByolTimmError(f"dataset {name} has no rows in split {train_name}. check --dataset and --split")
@@ -301,6 +315,16 @@ def _choose(parts: dict[str, _Part], name: str, split: str | None, channels: int
     kept = np.setdiff1d(np.arange(len(train)), test_rows)
     note = f"{source}; {len(test_rows):,} of them, {held_out:.0%} of every class, held out for evaluation"
     return Splits(train.subset(kept), train.subset(test_rows), note)
+
+
+def train_split(parts: Collection[str], name: str, split: str | None) -> str:
+    """The split to train on: as asked, or `train`, or the only one; raises `ByolTimmError`."""
+    if split is None and TRAIN not in parts and len(parts) > 1:
+        raise ByolTimmError(f"dataset {name} has no split train, only {', '.join(parts)}. choose one with --split")
+    chosen = split or (TRAIN if TRAIN in parts else next(iter(parts)))
+    if chosen not in parts:
+        raise ByolTimmError(f"dataset {name} has no split {chosen}. choose one with --split: {', '.join(parts)}")
+    return chosen
 
 
 def _images(part: _Part, name: str, channels: int, class_names: tuple[str, ...]) -> Images:
@@ -352,7 +376,8 @@ def _folder(folder: Path, files: _Listing, split: str | None) -> dict[str, _Part
     names = files.images
     if not names:
         found = ", ".join(f"{count} {suffix}" for suffix, count in files.others.most_common(3)) or "no file"
-        raise ByolTimmError(f"no images found in {folder} (looked for {' '.join(EXTENSIONS)}; found {found})")
+        hint = ". give --streaming to read tar shards" if any(files.others[suffix] for suffix in TARS) else ""
+        raise ByolTimmError(f"no images found in {folder} (looked for {' '.join(EXTENSIONS)}; found {found}){hint}")
     inside: dict[str, list[str]] = {}
     for name in names:
         inside.setdefault(name.partition("/")[0] if "/" in name else "", []).append(name)
@@ -375,7 +400,7 @@ def _labelled_by_folder(folder: Path, names: list[str], depth: int) -> _Part:
     return _Part(source, len(names), classes, class_names)
 
 
-def _scan(folder: Path) -> _Listing:
+def scan(folder: Path) -> _Listing:
     names: list[str] = []
     others: Counter[str] = Counter()
     walk = [(str(folder), "", frozenset[tuple[int, int]]())]
@@ -386,7 +411,7 @@ def _scan(folder: Path) -> _Listing:
             with os.scandir(path) as listing:
                 entries = [entry for entry in listing if not entry.name.startswith(".")]
         except OSError as error:
-            raise ByolTimmError(f"folder {_printable(path)} cannot be read ({error.strerror})") from error
+            raise ByolTimmError(f"folder {printable(path)} cannot be read ({error.strerror})") from error
         if (status.st_dev, status.st_ino) in above:
             continue
         for entry in entries:
@@ -406,7 +431,8 @@ def _natural(name: str) -> tuple[Any, ...]:
     return tuple(int(piece) if place % 2 else piece for place, piece in enumerate(pieces)), name
 
 
-def _printable(name: str) -> str:
+def printable(name: str) -> str:
+    """A file name in one line, whatever is in it."""
     return " ".join(name.encode(errors="backslashreplace").decode().split())
 
 
@@ -422,20 +448,29 @@ def _load_tables(dataset: str, path: Path, config: str | None) -> "dict[str, dat
         raise ByolTimmError(
             f"--dataset_config ({config}) is for data sets with several and {dataset} is one. leave it out"
         )
+    with loading(dataset, path):
+        if saved:
+            loaded = datasets.load_from_disk(str(path))
+        elif path.suffix in TABLES and not path.is_dir():
+            loaded = datasets.load_dataset(path.suffix[1:], data_files=str(path))
+        else:
+            loaded = datasets.load_dataset(str(path) if path.is_dir() else dataset, config)
+    return dict(loaded) if isinstance(loaded, dict) else {TRAIN: loaded}
+
+
+@contextlib.contextmanager
+def loading(dataset: str, path: Path) -> Iterator[None]:
+    """`datasets` at work in silence; whatever goes wrong is a `ByolTimmError`."""
+    import datasets
+
     try:
         with _quiet(datasets):
-            if saved:
-                loaded = datasets.load_from_disk(str(path))
-            elif path.suffix in TABLES and not path.is_dir():
-                loaded = datasets.load_dataset(path.suffix[1:], data_files=str(path))
-            else:
-                loaded = datasets.load_dataset(str(path) if path.is_dir() else dataset, config)
+            yield
     except Exception as error:
         # Of many kinds: no network, no such data set, no such configuration, broken files, a full disk.
         reason = " ".join(str(error).split()) or type(error).__name__
         what = "cannot be loaded" if path.exists() else "is no folder here and cannot be loaded from the Hub"
         raise ByolTimmError(f"dataset {dataset} {what} ({reason}). check --dataset and --dataset_config") from error
-    return dict(loaded) if isinstance(loaded, dict) else {TRAIN: loaded}
 
 
 @contextlib.contextmanager
@@ -457,10 +492,21 @@ def _quiet(datasets: Any) -> Iterator[None]:
 def _columns(
     tables: "dict[str, datasets.Dataset]", name: str, image_column: str | None, label_column: str | None
 ) -> dict[str, _Part]:
-    """The images and classes of every split of a table, from the columns named or the only ones of their types."""
+    """The images and classes of every split of a table."""
+    features = next(iter(tables.values())).features
+    images, labels = choose_columns(features, name, image_column, label_column)
+    return {
+        split: _Part(_Rows(table, images, split), len(table), *_classes(table, labels))
+        for split, table in tables.items()
+    }
+
+
+def choose_columns(
+    features: "datasets.Features", name: str, image_column: str | None, label_column: str | None
+) -> tuple[str, str | None]:
+    """The columns of images and labels: those named, or the only ones of their types; raises `ByolTimmError`."""
     import datasets
 
-    features = next(iter(tables.values())).features
     for flag, column in (("image_column", image_column), ("label_column", label_column)):
         if column is not None and column not in features:
             raise ByolTimmError(f"no column {column} in {name}; columns: {', '.join(features)}. check --{flag}")
@@ -480,10 +526,7 @@ def _columns(
         label_column = found[0] if len(found) == 1 else None
         if len(found) > 1:
             logger.warning("several label columns, none is used; choose with --label_column: %s", ", ".join(found))
-    return {
-        split: _Part(_Rows(table, image_column, split), len(table), *_classes(table, label_column))
-        for split, table in tables.items()
-    }
+    return image_column, label_column
 
 
 def _holds_images(kind: Any) -> bool:
@@ -499,12 +542,16 @@ def _holds_images(kind: Any) -> bool:
 
 def _classes(table: "datasets.Dataset", column: str | None) -> tuple[list[str | None] | None, tuple[str, ...]]:
     """The class of every row by name, and all classes in their order."""
-    import datasets
-
     if column is None or column not in table.features:
         return None, ()
     values = table.select_columns([column]).with_format("arrow")[:].column(column).to_pylist()
-    kind = table.features[column]
+    return name_classes(values, table.features[column], column)
+
+
+def name_classes(values: list[Any], kind: Any, column: str) -> tuple[list[str | None], tuple[str, ...]]:
+    """The names of the classes that cells of that type stand for, and all classes in their order."""
+    import datasets
+
     if isinstance(kind, datasets.ClassLabel):
         return [kind.names[v] if v is not None and v >= 0 else None for v in values], tuple(kind.names)
     if not all(v is None or isinstance(v, (int, str)) for v in values):

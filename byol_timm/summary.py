@@ -19,6 +19,7 @@ from .byol import BYOL
 from .defaults import has_batch_norm, resolve_augmentation
 from .encoder import encoder_width
 from .fidelity import Point, nearest_schedule
+from .shards import StreamSplits
 from .sources import Splits
 
 PACKAGES = ("byol_timm", "torch", "timm", "accelerate", "datasets", "huggingface_hub")
@@ -46,7 +47,13 @@ def precision(accelerator: Accelerator) -> str:
 
 
 def banner(
-    config: Any, schedule: Any, splits: Splits, byol: BYOL, accelerator: Accelerator, folder: Path, frozen: list[str]
+    config: Any,
+    schedule: Any,
+    splits: Splits | StreamSplits,
+    byol: BYOL,
+    accelerator: Accelerator,
+    folder: Path,
+    frozen: list[str],
 ) -> list[str]:
     """Lines that say, before anything slow, what will be trained, from what, how, and where it goes."""
     augmentation = resolve_augmentation(config)

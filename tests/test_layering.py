@@ -15,8 +15,9 @@ LAYERS = [
     ["errors"],
     ["decoding"],
     ["sources"],
-    ["config", "augment", "data", "optim", "checkpoint", "metrics", "interruption", "card", "encoder", "launch"],
-    ["byol", "hub", "defaults", "report"],
+    ["config", "augment", "data", "shards", "optim", "checkpoint", "metrics", "interruption", "card", "encoder",
+     "launch"],
+    ["byol", "hub", "defaults", "report", "streaming"],
     ["evaluation", "convert", "fidelity"],
     ["summary", "monitor"],
     ["pretraining"],
@@ -25,7 +26,9 @@ LAYERS = [
 ]  # fmt: skip
 OWNERS = {
     "accelerate": {"launch", "pretraining", "summary"},
-    "datasets": {"sources"},
+    "datasets": {"sources", "shards"},
+    "fsspec": {"shards"},
+    "pyarrow": {"sources", "shards"},
     "PIL": {"decoding"},
     "huggingface_hub": {"hub", "card"},
     "matplotlib": {"report"},
