@@ -52,7 +52,7 @@ def create_accelerator(trackers: Sequence[str], folder: Path) -> Accelerator:
     accelerator = Accelerator(
         log_with=list(trackers) or None,
         project_dir=str(folder),
-        # Gradients lie in the buckets that travel, not beside them. Buckets keep their 25 MB: ResNet-50 has seven, of
+        # Gradients lie in the buckets that travel, not beside them. Buckets keep their 25 MB: ResNet-50 has six, of
         # which all but the last travel behind the backward pass. No static graph: torch's count of its passes does not
         # survive those that keep their gradients to themselves, which every step has.
         kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],

@@ -24,8 +24,8 @@ from byol_timm.launch import create_accelerator, prepare
 from byol_timm.pretraining import Schedule, train_step
 from byol_timm.sources import open_dataset
 
-# Digits have 25 global batches of 64 an epoch: these steps end one and begin another.
-STEPS = range(24, 27)
+# The last step of an epoch and two of the next one.
+STEPS = range(21, 24)
 
 
 def take_steps(output: Path, batch_size: int) -> None:
@@ -40,6 +40,7 @@ def take_steps(output: Path, batch_size: int) -> None:
     images = open_dataset("digits").train
     config = PretrainConfig(batch_size=batch_size, epochs=2, lr=0.4, warmup_epochs=1.1, target_decay=0.95)
     schedule = Schedule.of(config, len(images), world * accumulation)
+    assert schedule.steps_per_epoch == STEPS[1]
     views = TwoViews(AUGMENTATIONS["torchvision"], 32, seed=0, mean=[0.5], std=[0.25])
     torch.manual_seed(0)
     byol = without_batch_norm(timm.create_model("test_vit", num_classes=0, img_size=32))
