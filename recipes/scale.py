@@ -209,8 +209,8 @@ def page(config: Scale) -> Iterator[str]:
 {config.images:,} images: {steps:,} steps.
 
 - Parameters: {network.online / MEGA:.1f} M online, {network.target / MEGA:.1f} M target.
-- Gradients of a step: {4 * network.online / MEGA:.0f} MB in float32. In a ring of n GPUs each sends 2 (n - 1) / n times as much.
-  They travel once a step, behind the last of its two backward passes: a quarter of the work.
+- Gradients of a step: {4 * network.online / MEGA:.0f} MB in float32. In a ring of n GPUs each sends 2 (n - 1) / n
+  times as much, once a step, behind the last of its two backward passes: a quarter of the work.
 - Batch statistics: {network.exchanges} exchanges a step that nothing hides.
 - Memory: {network.fixed(config.moments) / GIGA:.1f} GB whatever the batch, and \
 {network.batch(1, config.image_size) / MEGA:.0f} MB per image, of which \

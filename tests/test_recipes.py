@@ -1,5 +1,6 @@
 """What the README and the recipes promise, typed as a user types it."""
 
+import dataclasses
 import os
 import re
 import runpy
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from byol_timm import PretrainConfig
 from byol_timm.errors import ByolTimmError
 
 ROOT = Path(__file__).parents[1]
@@ -104,3 +106,13 @@ def test_every_card_of_scale_has_its_figures(scale, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["scale.py", "--cards", "A100", "H100", "B200"])
     with pytest.raises(ByolTimmError, match="--cards names 3 kinds"):
         scale["main"]()
+
+
+def test_every_setting_that_launching_names_exists():
+    text = (ROOT / "recipes/launching.md").read_text(encoding="utf-8")
+    launchers = """
+        multi_gpu num_processes num_machines machine_rank main_process_ip main_process_port mixed_precision cpu
+        gradient_accumulation_steps nnodes nproc_per_node node_rank master_addr master_port nodes ntasks gpus cpus time
+    """
+    ours = set(re.findall(r"--([a-z_]+)", text)) - set(launchers.split())
+    assert ours <= {field.name for field in dataclasses.fields(PretrainConfig)}
