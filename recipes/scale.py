@@ -38,15 +38,15 @@ BYOL_PASSES, SUPERVISED_PASSES, LAST_BACKWARD = 8, 3, 2
 MEASURED = """\
 ## What was measured
 
-On one core of an AMD EPYC (Zen 4, 2.6 GHz), and on a virtual disk that others used too (53 to 94 MB/s in five goes):
+On one core of an AMD EPYC (Zen 4, 2.6 GHz) and its virtual disk, the last of three goes (the disk: 186, 350, 360 MB/s):
 
     $ python recipes/scale.py --measure photos
-    decode: 1.8 ms of a core per image
+    decode: 1.7 ms of a core per image
     two crops: 0.8 ms of a core per image
-    the rest of both views, on a CPU: 2.7 ms of a core per image
-    --cut_ms 2.6
-    checkpoint: 413 MB in 5.1 s
-    --disk 81
+    the rest of both views, on a CPU: 2.3 ms of a core per image
+    --cut_ms 2.5
+    checkpoint: 413 MB in 1.1 s
+    --disk 360
 
 `photos` are 64 JPEGs of 500 x 375 pixels and 96 KB on average, cut from scikit-learn's two photographs:
 
@@ -103,11 +103,11 @@ class Scale:
     """GB/s between a GPU and other hosts."""
     latency: float = 30
     """Microseconds of an exchange of a few values among all GPUs."""
-    cut_ms: float = 2.6
+    cut_ms: float = 2.5
     """Milliseconds of one core to decode an image and cut both crops."""
     image_kb: float = 110
     """KB of an image file."""
-    disk: float = 80
+    disk: float = 350
     """MB/s at which checkpoints are written, hashes included."""
     measure: str | None = None
     """Folder of images: measure cut_ms and disk on this machine instead."""
