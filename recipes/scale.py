@@ -223,33 +223,25 @@ def page(config: Scale) -> Iterator[str]:
 
 
 def heading(config: Scale) -> Iterator[str]:
-    inputs = "".join(
-        f"| {name} | {value} | {source} |\n"
-        for name, value, source in (
-            (
-                "A100 as a classifier",
-                "2,470 images/s",
-                "ResNet-50, one GPU, mixed precision: NVIDIA DeepLearningExamples",
-            ),
-            (
-                "H100 as a classifier",
-                "twice that",
-                "assumed; Lambda's report on the H100 says about 2x for vision models",
-            ),
-            (
-                "a BYOL image",
-                "8/3 of a classifier's",
-                "forward passes, backward counted as two; augmentation not counted",
-            ),
-            ("decode and two crops", f"{config.cut_ms:g} ms of a core", "measured, below"),
-            ("writing a checkpoint", f"{config.disk:g} MB/s", "measured, below"),
-            ("image file", f"{config.image_kb:g} KB", "ImageNet's 138 GB over 1,281,167 images"),
-            ("between GPUs of a host", f"{config.inside:g} GB/s", "assumed (NVLink, as all-reduce sees it)"),
-            ("between hosts", f"{config.between:g} GB/s per GPU", "assumed (100 Gbit/s per GPU)"),
-            ("a small exchange", f"{config.latency:g} us", "assumed"),
-            ("an hour of a GPU", f"{', '.join(f'${price:g}' for price in config.prices)}", "assumed"),
-        )
+    rates = ", ".join(f"{card} {rate:,.0f}" for card, rate in zip(config.cards, config.supervised, strict=True))
+    prices = ", ".join(f"{card} ${price:g}" for card, price in zip(config.cards, config.prices, strict=True))
+    rows = (
+        (
+            "images/s as a classifier",
+            rates,
+            "A100: ResNet-50, one GPU, mixed precision, NVIDIA DeepLearningExamples; H100: assumed to be twice as fast, "
+            "which Lambda's report on it says of vision models",
+        ),
+        ("a BYOL image", "8/3 of a classifier's", "forward passes, backward counted as two; augmentation not counted"),
+        ("decode and two crops", f"{config.cut_ms:g} ms of a core", "measured, below"),
+        ("writing a checkpoint", f"{config.disk:g} MB/s", "measured, below"),
+        ("image file", f"{config.image_kb:g} KB", "ImageNet's 138 GB over 1,281,167 images"),
+        ("between GPUs of a host", f"{config.inside:g} GB/s", "assumed (NVLink, as all-reduce sees it)"),
+        ("between hosts", f"{config.between:g} GB/s per GPU", "assumed (100 Gbit/s per GPU)"),
+        ("a small exchange", f"{config.latency:g} us", "assumed"),
+        ("an hour of a GPU", prices, "assumed"),
     )
+    inputs = "".join(f"| {name} | {value} | {source} |\n" for name, value, source in rows)
     yield f"""\
 # The paper's run on today's machines, on paper
 
@@ -258,7 +250,7 @@ def heading(config: Scale) -> Iterator[str]:
 **No GPU was measured.** This is arithmetic from the figures below, each of which is a flag; put in your own
 (`python recipes/scale.py --help`).
 
-| figure | value | where from |
+| figure | value | where the default is from |
 |---|---|---|
 {inputs}"""
 
