@@ -229,7 +229,7 @@ def heading(config: Scale) -> Iterator[str]:
         (
             "images/s as a classifier",
             rates,
-            "A100: ResNet-50, one GPU, mixed precision, NVIDIA DeepLearningExamples; H100: assumed to be twice as fast, "
+            "A100: ResNet-50, one GPU, mixed precision, NVIDIA DeepLearningExamples; H100: assumed twice as fast, "
             "which Lambda's report on it says of vision models",
         ),
         ("a BYOL image", "8/3 of a classifier's", "forward passes, backward counted as two; augmentation not counted"),
