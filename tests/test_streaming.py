@@ -362,6 +362,17 @@ def test_a_test_split_is_evaluated_on(tmp_path):
     assert len(swapped.train) + len(swapped.test) == 50
 
 
+def test_a_test_split_without_labels_is_passed_over(tmp_path):
+    contents = [numbered(number) for number in range(200)]
+    write_parquet(tmp_path / "train-0.parquet", contents[:100], [n % 10 for n in range(100)])
+    write_parquet(tmp_path / "test-0.parquet", contents[100:150], [-1] * 50)
+    splits = open_stream(str(tmp_path))
+    assert len(splits.train) + len(splits.test) == 100 and "held out" in splits.note
+    write_parquet(tmp_path / "validation-0.parquet", contents[150:], [n % 10 for n in range(50)])
+    splits = open_stream(str(tmp_path))
+    assert len(splits.train) == 100 and splits.test.labels.tolist() == [n % 10 for n in range(50)]
+
+
 def test_without_labels_nothing_is_held_out(folders):
     splits = open_stream(folders["parquet"])
     assert len(splits.train) == COUNT and splits.test is None and splits.bank.labels is None
