@@ -183,6 +183,8 @@ def _check(comparison: Comparison) -> None:
         raise ByolTimmError(
             f"{config.backbone} has no random weights to compare with. Give the name of a timm backbone"
         )
+    if config.streaming:
+        raise ByolTimmError("a comparison reads the same images again and again. Leave out --streaming")
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise ByolTimmError("a comparison runs in one process. Launch it with python")
     if comparison.linear.augmentation is not None:

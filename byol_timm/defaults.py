@@ -136,6 +136,8 @@ def check(config: PretrainConfig) -> None:
     for name in ("shuffle_buffer", "num_images"):
         if getattr(config, name) is not None and not config.streaming:
             raise ByolTimmError(f"--{name} ({getattr(config, name)}) is for --streaming. Leave it out")
+    if config.streaming and config.image_share != 1:
+        raise ByolTimmError(f"--image_share ({config.image_share:g}) needs all images. Leave out --streaming")
     if config.streaming and config.memory_limit != PretrainConfig.memory_limit:
         raise ByolTimmError(
             f"--memory_limit ({config.memory_limit:g}) is for decoded images and --streaming holds none. "

@@ -139,26 +139,32 @@ def open_stream(
     images, labels = choose_columns(features, dataset, image_column, label_column)
     if isinstance(features[images], (datasets.Array2D, datasets.Array3D)):
         raise ByolTimmError(f"column {images} of {dataset} holds arrays; --streaming reads image files. leave it out")
-    test_name = next((test for test in TEST_NAMES if test != name and test in tables), None)
     with loading(dataset, path):
         shards = _open_shards(builder, name, tables[name], images)
-        test_shards = _open_shards(builder, test_name, tables[test_name], images) if test_name and labels else None
     total = _total(shards, builder.info.splits or {}, name, dataset, num_images)
 
-    # The first rows of some shards: a part held out, unless there is a test split, and a part as bank.
+    # The first rows of some shards are the bank, less those held out where there is no test split.
     heads = _heads(shards, labels or images, BANK + QUERIES if labels else UNLABELLED)
-    held_out: list[_Cell] = []
-    if labels and test_shards is None:
+    if not heads:
+        raise ByolTimmError(f"dataset {dataset} has no rows in split {name}. check --dataset and --split")
+    test_name, test_shards, held_out = None, shards, list[_Cell]()
+    for other in TEST_NAMES:
+        if labels and not held_out and other != name and other in tables and labels in tables[other].features:
+            with loading(dataset, path):
+                test_shards = _open_shards(builder, other, tables[other], images)
+            cells = _heads(test_shards, labels, QUERIES)
+            if any(name_classes([cell.value for cell in cells], features[labels], labels)[0]):
+                test_name, held_out = other, cells
+    first = np.zeros(len(shards), dtype=np.int64)
+    if labels and test_name is None:
         share = -(-min(QUERIES, total // 10) // len({head.shard for head in heads}))
         sizes = Counter(head.shard for head in heads)
-        held_out = [head for head in heads if head.row < min(share, sizes[head.shard] // 2)]
-    first = np.bincount([head.shard for head in held_out], minlength=len(shards))
+        test_shards, held_out = shards, [head for head in heads if head.row < min(share, sizes[head.shard] // 2)]
+        first = np.bincount([head.shard for head in held_out], minlength=len(shards))
     bank = [head for head in heads if head.row >= first[head.shard]]
-    if labels and test_shards is not None:
-        held_out = _heads(test_shards, labels, QUERIES)
 
-    train = Stream(dataset, in_chans, shards, images, first, total - len(held_out) * (test_shards is None))
-    sample, test_sample = _Sample(shards, images, bank), _Sample(test_shards or shards, images, held_out)
+    train = Stream(dataset, in_chans, shards, images, first, total - int(first.sum()))
+    sample, test_sample = _Sample(shards, images, bank), _Sample(test_shards, images, held_out)
     note = f"streamed from {len(shards):,} shards"
     if labels is None:
         return StreamSplits(train, sample.images(train, None, ()), None, f"{note}, unlabelled: no evaluation")
@@ -167,9 +173,8 @@ def open_stream(
     test_images = test_sample.images(train, classes[len(bank) :], class_names)
     if bank_images.labels is None or test_images.labels is None:
         return StreamSplits(train, bank_images, None, f"{note}; too few labels: no evaluation")
-    where = f"of split {test_name}" if test_shards is not None else "held out"
-    note += f", {len(class_names)} classes; evaluation on {len(test_images):,} images {where}"
-    return StreamSplits(train, bank_images, test_images, note)
+    note += f", {len(class_names)} classes; evaluation on {len(test_images):,} images "
+    return StreamSplits(train, bank_images, test_images, note + (f"of split {test_name}" if test_name else "held out"))
 
 
 def _check(dataset: str, path: Path, config: str | None) -> None:

@@ -202,26 +202,31 @@ class Watched:
         return self.shards.cells(shard, start, column)
 
 
-def read_by(splits, steps, **settings):
-    watched = Watched(splits.train.shards)
-    splits = dataclasses.replace(splits, train=dataclasses.replace(splits.train, shards=watched))
-    with batches(splits, shuffle_buffer=8, **settings) as stream:
-        for _ in itertools.islice(stream, steps):
-            pass
-    return watched.read
+def watched(splits):
+    shards = Watched(splits.train.shards)
+    return dataclasses.replace(splits, train=dataclasses.replace(splits.train, shards=shards)), shards.read
 
 
 def test_shards_before_the_position_are_not_read(folders):
     splits = open_shards(folders["parquet"], "parquet")
-    # The thread that reads is up to four steps ahead.
-    assert len(read_by(splits, 1, start_step=STEPS - 5)) < 0.8 * len(splits.train.shards)
+    order = np.random.default_rng(0).permutation(len(splits.train.shards))
+    whole = list(splits.train.rows(order, 0))
+    assert len(whole) == COUNT
+    for start in (0, 29, 30, 31, 200, COUNT - 1):
+        again, read = watched(splits)
+        assert list(itertools.islice(again.train.rows(order, start), 20)) == whole[start:][:20]
+        assert len(read) <= 3
 
 
 def test_processes_share_the_reading(folders):
-    splits = open_shards(folders["parquet"], "parquet")
-    first, second = (read_by(splits, STEPS - 5, world=2, rank=rank) for rank in (0, 1))
+    read = []
+    for rank in (0, 1):
+        splits, shards = watched(open_shards(folders["parquet"], "parquet"))
+        # The thread that reads is up to four steps ahead.
+        take(batches(splits, shuffle_buffer=8, world=2, rank=rank), STEPS - 5)
+        read.append(shards)
     # The shard in the middle of the epoch is read by both.
-    assert len(first & second) <= 1 and len(first | second) > len(splits.train.shards) / 2
+    assert len(read[0] & read[1]) <= 1 and len(read[0] | read[1]) > 15 / 2
 
 
 def test_iterating_again_starts_again_and_closing_ends_the_reading(folders):
@@ -357,6 +362,17 @@ def test_a_test_split_is_evaluated_on(tmp_path):
     assert len(swapped.train) + len(swapped.test) == 50
 
 
+def test_a_test_split_without_labels_is_passed_over(tmp_path):
+    contents = [numbered(number) for number in range(200)]
+    write_parquet(tmp_path / "train-0.parquet", contents[:100], [n % 10 for n in range(100)])
+    write_parquet(tmp_path / "test-0.parquet", contents[100:150], [-1] * 50)
+    splits = open_stream(str(tmp_path))
+    assert len(splits.train) + len(splits.test) == 100 and "held out" in splits.note
+    write_parquet(tmp_path / "validation-0.parquet", contents[150:], [n % 10 for n in range(50)])
+    splits = open_stream(str(tmp_path))
+    assert len(splits.train) == 100 and splits.test.labels.tolist() == [n % 10 for n in range(50)]
+
+
 def test_without_labels_nothing_is_held_out(folders):
     splits = open_stream(folders["parquet"])
     assert len(splits.train) == COUNT and splits.test is None and splits.bank.labels is None
@@ -422,9 +438,17 @@ def test_what_cannot_be_streamed_is_refused(tmp_path, monkeypatch, name, message
     one_line(error)
 
 
-@pytest.mark.parametrize("settings", [dict(num_images=5), dict(shuffle_buffer=5), dict(streaming=True, memory_limit=1)])
-def test_settings_that_do_not_go_together_are_refused(settings):
-    with pytest.raises(ByolTimmError, match=r"Leave it out|Use --shuffle_buffer") as error:
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (dict(num_images=5), r"--num_images \(5\) is for --streaming"),
+        (dict(shuffle_buffer=5), r"--shuffle_buffer \(5\) is for --streaming"),
+        (dict(streaming=True, memory_limit=1), "Use --shuffle_buffer"),
+        (dict(streaming=True, image_share=0.5), "Leave out --streaming"),
+    ],
+)
+def test_settings_that_do_not_go_together_are_refused(settings, message):
+    with pytest.raises(ByolTimmError, match=message) as error:
         check(PretrainConfig(**settings))
     one_line(error)
 
