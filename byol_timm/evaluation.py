@@ -115,6 +115,8 @@ def open_evaluation(config: EvaluationConfig, *, labelled: bool = True) -> tuple
     labelled: raise `ByolTimmError` for images of which none are held out with a label; else all images of the split are
         in `train`, with or without labels.
     """
+    # What a bare timm name gets without --pretrained.
+    torch.manual_seed(config.seed)
     encoder = load_encoder(
         config.encoder, image_size=config.image_size, in_chans=config.in_chans, pretrained=config.pretrained
     )
@@ -324,10 +326,14 @@ PROTOCOLS: dict[str, Protocol] = {
 
 
 class TrainedClassifier(NamedTuple):
-    """An encoder with a linear classifier on top; how it was trained and does on the test images, ready for JSON."""
+    """An encoder with a linear classifier on top; how it was trained and does on the test images, ready for JSON.
+
+    rows: of the images in their split whose labels it learned from.
+    """
 
     classifier: nn.Sequential
     metrics: dict[str, Any]
+    rows: Array
 
 
 def train_classifier(
@@ -375,7 +381,8 @@ def train_classifier(
         classifier, record = _finetune(encoder, train.subset(chosen), preparation, protocol, num_classes, seed)
     scores, read = dataset_features(classifier, test, preparation, indices=np.flatnonzero(test_labels >= 0))
     how = {"protocol": name, "frozen": frozen, "seed": seed, "train_images": len(chosen), **record}
-    return TrainedClassifier(classifier, {**how, **classification_metrics(scores, test_labels[read])})
+    metrics = {**how, **classification_metrics(scores, test_labels[read])}
+    return TrainedClassifier(classifier, metrics, train.rows[chosen])
 
 
 def fit_linear(

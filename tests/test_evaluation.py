@@ -15,6 +15,7 @@ from torch import nn
 
 from byol_timm import evaluation
 from byol_timm.augment import EvaluationTransform
+from byol_timm.config import EvaluationConfig
 from byol_timm.encoder import create_encoder
 from byol_timm.errors import ByolTimmError
 from byol_timm.evaluation import (
@@ -33,6 +34,7 @@ from byol_timm.evaluation import (
     label_subset,
     logistic_regression,
     nearest_neighbours,
+    open_evaluation,
     train_classifier,
 )
 from byol_timm.sources import open_dataset
@@ -151,6 +153,13 @@ def test_preparation_is_what_timm_knows_of_the_encoder():
         == timm.data.resolve_model_data_config(timm.create_model("resnet18", num_classes=0))["crop_pct"]
     )
     assert large.mean == timm.data.IMAGENET_DEFAULT_MEAN
+
+
+def test_an_encoder_with_random_weights_is_the_same_every_time_and_another_for_another_seed():
+    config = EvaluationConfig(encoder="test_resnet", image_size=32, in_chans=1)
+    encoders = [open_evaluation(replace(config, seed=seed))[0] for seed in (0, 0, 1)]
+    first, second, third = (state(encoder) for encoder in encoders)
+    assert same_bits(first, second) and not same_bits(first, third)
 
 
 # Nearest neighbours
