@@ -191,6 +191,8 @@ def _check(comparison: Comparison) -> None:
         raise ByolTimmError(
             f"{config.backbone} has no random weights to compare with. Give the name of a timm backbone"
         )
+    if config.streaming:
+        raise ByolTimmError("a comparison takes shares of the images and of their labels. Leave --streaming out")
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise ByolTimmError("a comparison runs in one process. Launch it with python")
     if comparison.linear.augmentation is not None:

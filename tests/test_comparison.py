@@ -141,6 +141,7 @@ def test_encoders_of_fewer_images_are_compared_with_the_largest_share_of_the_lab
         (dict(image_shares=(0.01,)), "1 % of the images are 14, fewer than the batch of 128"),
         (dict(linear=PROTOCOLS["byol-linear"]), "without augmentation"),
         (dict(pretraining=PretrainConfig(backbone="hf-hub:user/name")), "no random weights"),
+        (dict(pretraining=PretrainConfig(streaming=True)), "Leave --streaming out"),
         (dict(pretraining=PretrainConfig(epochs=-1)), "--epochs must be positive"),
     ],
 )
