@@ -126,6 +126,13 @@ def test_random_is_what_byol_starts_from_and_differs_between_seeds():
     assert not torch.equal(first.conv1[0].weight, other.conv1[0].weight)
 
 
+def test_pretrained_weights_that_do_not_exist_are_left_out_with_a_warning(tmp_path, caplog):
+    settings = dataclasses.replace(SMALL.pretraining, backbone="lcnet_035")
+    assert module._encoder(tmp_path, settings, Origin("pretrained")) is None
+    assert "pretrained weights are left out: 'lcnet_035' could not be loaded" in caplog.text
+    assert module._encoder(tmp_path, settings, Origin("random")) is not None
+
+
 def test_encoders_of_fewer_images_are_compared_with_the_largest_share_of_the_labels():
     chosen = cells(SMALL, Origin("byol", 0.1), 0)
     assert [(cell.frozen, cell.labels) for cell in chosen] == [(True, 1.0), (False, 1.0)]
@@ -186,6 +193,13 @@ def test_the_conclusion_is_three_sentences_computed_from_the_figures():
         "random, fine-tuned (90.0 %); BYOL on 10 % of the images instead of all changes its frozen accuracy by -2.0 "
         "points."
     )
+
+
+def test_pretrained_weights_have_their_rows_and_may_be_the_best():
+    rows = rows_of((60, 80), (72, 83), "frozen") + rows_of((50, 90), (70, 89.9), "fine-tuned")
+    rows += [row("pretrained", 0.0, mode, labels, 0.95) for mode in ("frozen", "fine-tuned") for labels in (0.01, 1.0)]
+    assert "| pretrained | frozen | 95.0 | 95.0 |" in results_table(rows)
+    assert "with 1 % of the labels from pretrained, frozen (95.0 %)" in conclusion(rows)
 
 
 def test_the_conclusion_says_where_pretraining_harms():
