@@ -49,6 +49,10 @@ COLUMNS = (
 )
 
 
+# Light where the encoder is frozen, dark where it is fine-tuned.
+COLORS = {"random": ("#a8a8a8", "#4d4d4d"), "pretrained": ("#7cc29a", "#21683f"), "BYOL": ("#7fb0e0", "#1d4f8a")}
+
+
 @dataclass(frozen=True)
 class Comparison:
     """What is compared, with how many labels, and how often.
@@ -106,6 +110,8 @@ class Cell(NamedTuple):
 def compare(comparison: Comparison, folder: str | Path) -> list[dict[str, Any]]:
     """The figures of every cell, as in `results.csv`; in the folder also the pictures and `conclusion.md`.
 
+    `labelled/` has the rows of the data set whose labels were used, by share and seed.
+
     What an earlier call finished there is taken as it is, and an interrupted pretraining goes on from its checkpoint.
     The encoders before pretraining are those that BYOL started from; timm's pretrained weights are left out, with a
     warning, where they cannot be had. Raises `ByolTimmError`, for a folder of another comparison among other things.
@@ -114,16 +120,18 @@ def compare(comparison: Comparison, folder: str | Path) -> list[dict[str, Any]]:
     _check(comparison)
     prepare_output_dir(folder, resume=True, overwrite=False)
     with lock_folder(folder):
-        (folder / "cells").mkdir(exist_ok=True)
+        for name in ("cells", "labelled"):
+            (folder / name).mkdir(exist_ok=True)
+        _claim(folder, comparison, open_images(comparison.pretraining))
         for seed in comparison.seeds:
             config = dataclasses.replace(comparison.pretraining, seed=seed)
             splits = open_images(config)
-            if splits.test is None:
-                raise ByolTimmError(f"{config.dataset} has no labels to compare with. Name their column")
-            if seed == comparison.seeds[0]:
-                _claim(folder, comparison, splits)
+            settings = _resolve(comparison, config, splits)
+            for share in comparison.label_shares:
+                chosen = label_subset(np.asarray(splits.train.labels), share, seed)
+                _save(folder / "labelled" / f"{_percent(share)}-seed{seed}.json", splits.train.rows[chosen].tolist())
             for origin in _origins(comparison):
-                _fill(folder, comparison, config, origin, splits)
+                _fill(folder, comparison, settings, origin, splits)
         rows = list(_finished(folder, comparison))
         _write(folder, comparison, rows)
     return rows
@@ -150,8 +158,8 @@ def conclusion(rows: Sequence[Row]) -> str:
     best = []
     for labels in dict.fromkeys((table.shares[0], table.shares[-1])):
         title, mode = table.best(labels)
-        best.append(f"with {_labels(labels)} {title}, {mode} ({100 * table.mean(title, mode, labels):.1f} %)")
-    last = f"The highest accuracy comes {' and '.join(best)}"
+        best.append(f"with {_labels(labels)} from {title}, {mode} ({100 * table.mean(title, mode, labels):.1f} %)")
+    last = f"The highest accuracy comes {', and '.join(best)}"
     fewer = [title for title in table.titles if title.startswith("BYOL on")]
     if fewer:
         gain = 100 * (table.mean(fewer[0], "frozen", table.shares[-1]) - table.mean("BYOL", "frozen", table.shares[-1]))
@@ -184,7 +192,7 @@ def _check(comparison: Comparison) -> None:
             f"{config.backbone} has no random weights to compare with. Give the name of a timm backbone"
         )
     if config.streaming:
-        raise ByolTimmError("a comparison reads the same images again and again. Leave out --streaming")
+        raise ByolTimmError("a comparison takes shares of the images and of their labels. Leave --streaming out")
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise ByolTimmError("a comparison runs in one process. Launch it with python")
     if comparison.linear.augmentation is not None:
@@ -197,14 +205,30 @@ def _check(comparison: Comparison) -> None:
             raise ByolTimmError(f"--{name} lie above 0 and are at most 1 ({values})")
 
 
+def _resolve(comparison: Comparison, config: PretrainConfig, splits: Splits) -> Any:
+    """The settings of pretraining on all images, with nothing left to choose."""
+    settings = resolve_images(config, splits.train.side())
+    settings = resolve_training(settings, initial_encoder(settings), len(splits.train), 1)
+    for share in comparison.image_shares:
+        count = round(share * len(splits.train))
+        if count < settings.batch_size:
+            raise ByolTimmError(
+                f"{_percent(share)} % of the images are {count}, fewer than the batch of {settings.batch_size}. "
+                "Lower --batch_size, or leave that share out of --image_shares"
+            )
+    return settings
+
+
 def _claim(folder: Path, comparison: Comparison, splits: Splits) -> None:
     """Refuse a folder in which other things were compared."""
+    if splits.test is None:
+        raise ByolTimmError(f"{comparison.pretraining.dataset} has no labels to compare with. Name their column")
     path = folder / "comparison.json"
     settings = dataclasses.asdict(comparison)
     asked = {
         **settings.pop("pretraining"),
         **settings,
-        "images": [fingerprint(part) for part in (splits.train, _test(splits))],
+        "images": [fingerprint(part) for part in (splits.train, splits.test)],
     }
     if path.exists():
         saved = json.loads(path.read_text("utf-8"))
@@ -217,13 +241,12 @@ def _origins(comparison: Comparison) -> list[Origin]:
     return [Origin("random"), Origin("pretrained"), *(Origin("byol", share) for share in shares)]
 
 
-def _fill(folder: Path, comparison: Comparison, config: PretrainConfig, origin: Origin, splits: Splits) -> None:
+def _fill(folder: Path, comparison: Comparison, settings: Any, origin: Origin, splits: Splits) -> None:
     """Compute the cells of one encoder that are not there yet."""
-    missing = [c for c in cells(comparison, origin, config.seed) if not (folder / "cells" / c.file).exists()]
+    missing = [c for c in cells(comparison, origin, settings.seed) if not (folder / "cells" / c.file).exists()]
     if not missing:
         return
-    settings = resolve_images(config, splits.train.side())
-    encoder = _encoder(folder, settings, origin, splits)
+    encoder = _encoder(folder, settings, origin)
     if encoder is None:
         return
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -247,10 +270,10 @@ def _fill(folder: Path, comparison: Comparison, config: PretrainConfig, origin: 
         start = now
 
 
-def _encoder(folder: Path, settings: Any, origin: Origin, splits: Splits) -> nn.Module | None:
+def _encoder(folder: Path, settings: Any, origin: Origin) -> nn.Module | None:
+    """The encoder, None for pretrained weights that cannot be had."""
     if origin.start == "byol":
         # As many steps as on all images, so that it is the images that tell.
-        settings = resolve_training(settings, initial_encoder(settings), len(splits.train), 1)
         run = folder / f"{origin.file}-seed{settings.seed}"
         if not (run / "results.json").exists():
             pretrain(
@@ -347,15 +370,20 @@ def _write(folder: Path, comparison: Comparison, rows: Sequence[Row]) -> None:
     all_labels = table.shares[-1]
     bars: dict[str, dict[str, list[float]]] = {}
     curves: dict[str, dict[float, list[float]]] = {}
-    for (title, mode, labels), runs in table.runs.items():
+    colors = {}
+    for title, mode, labels in table.runs:
+        accuracies = list(table.runs[title, mode, labels].values())
         if labels == all_labels:
-            bars.setdefault(mode, {})[title] = list(runs.values())
-        if not title.startswith("BYOL on"):
-            curves.setdefault(f"{title}, {mode}", {})[labels] = list(runs.values())
+            bars.setdefault(mode, {})[title] = accuracies
+        if title in COLORS:
+            curves.setdefault(f"{title}, {mode}", {})[labels] = accuracies
+            colors[f"{title}, {mode}"] = COLORS[title][mode == "fine-tuned"]
     dataset, backbone = comparison.pretraining.dataset, comparison.pretraining.backbone
     name = f"{backbone} on {Path(dataset).name}"
     save_bars(bars, folder / "bars.png", title=f"{name}: a classifier of {_labels(all_labels)}")
-    save_label_efficiency(curves, folder / "label_efficiency.png", title=f"{name}: accuracy by share of the labels")
+    save_label_efficiency(
+        curves, folder / "label_efficiency.png", title=f"{name}: accuracy by share of the labels", colors=colors
+    )
     pictures = "![bars](bars.png)\n\n![accuracy by share of the labels](label_efficiency.png)"
     note = f"Accuracy in percent on {rows[0]['test_images']:,} test images"
     if len(comparison.seeds) > 1:

@@ -173,7 +173,7 @@ class EvaluationConfig:
     seed: int = 0
     """Everything random is a function of this seed."""
     output: str | None = None
-    """JSON file for the figures."""
+    """Folder for results.json, confusion.png and labelled.json, the rows whose labels a classifier learned from."""
     debug: bool = False
     """Show the traceback of an error."""
 

@@ -3,6 +3,7 @@
 import copy
 import itertools
 import math
+import os
 import statistics
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -108,11 +109,14 @@ class Preparation:
         return cls(transform, *normalization(encoder, in_chans), **settings)
 
 
-def open_evaluation(config: EvaluationConfig) -> tuple[nn.Module, Splits, Preparation]:
+def open_evaluation(config: EvaluationConfig, *, labelled: bool = True) -> tuple[nn.Module, Splits, Preparation]:
     """The encoder that the settings name, on a GPU where there is one, its images, and how they become its input.
 
-    Raises `ByolTimmError` for images of which none are held out with a label.
+    labelled: raise `ByolTimmError` for images of which none are held out with a label; else all images of the split are
+        in `train`, with or without labels.
     """
+    # What a bare timm name gets without --pretrained.
+    torch.manual_seed(config.seed)
     encoder = load_encoder(
         config.encoder, image_size=config.image_size, in_chans=config.in_chans, pretrained=config.pretrained
     )
@@ -125,10 +129,13 @@ def open_evaluation(config: EvaluationConfig) -> tuple[nn.Module, Splits, Prepar
         label_column=config.label_column,
         in_chans=channels,
         seed=config.seed,
+        hold_out=labelled,
     )
-    if splits.test is None:
+    if labelled and splits.test is None:
         raise ByolTimmError(f"{config.dataset} has no labels to evaluate with. Name their column with --label_column")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     preparation = Preparation.of(encoder, channels, channels_last=has_convolutions(encoder), workers=config.workers)
     return encoder.to(device).eval(), splits, preparation
 
@@ -161,25 +168,6 @@ def dataset_features(
         poll=preparation.poll,
     )
     return features, torch.cat(read).numpy()
-
-
-def shard(count: int, rank: int, world: int, *, batch_size: int = 256) -> range:
-    """The part of `count` images that process `rank` of `world` takes, in whole batches but for the last image.
-
-    The batches are those that one process makes of all images, so that the features are the same to the last bit.
-    """
-    batches = -(-count // batch_size)
-    first, last = (min(count, batches * r // world * batch_size) for r in (rank, rank + 1))
-    return range(first, last)
-
-
-def gather(part: Tensor) -> Tensor:
-    """The parts [n, ...] of all processes in the order of their ranks, on every process; n may differ, and be 0."""
-    if not torch.distributed.is_initialized():
-        return part
-    parts: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(parts, part)
-    return torch.cat([p for p in parts if len(p)] or [part])
 
 
 @contextmanager
@@ -338,10 +326,14 @@ PROTOCOLS: dict[str, Protocol] = {
 
 
 class TrainedClassifier(NamedTuple):
-    """An encoder with a linear classifier on top; how it was trained and does on the test images, ready for JSON."""
+    """An encoder with a linear classifier on top; how it was trained and does on the test images, ready for JSON.
+
+    rows: of the images in their split whose labels it learned from.
+    """
 
     classifier: nn.Sequential
     metrics: dict[str, Any]
+    rows: Array
 
 
 def train_classifier(
@@ -389,7 +381,8 @@ def train_classifier(
         classifier, record = _finetune(encoder, train.subset(chosen), preparation, protocol, num_classes, seed)
     scores, read = dataset_features(classifier, test, preparation, indices=np.flatnonzero(test_labels >= 0))
     how = {"protocol": name, "frozen": frozen, "seed": seed, "train_images": len(chosen), **record}
-    return TrainedClassifier(classifier, {**how, **classification_metrics(scores, test_labels[read])})
+    metrics = {**how, **classification_metrics(scores, test_labels[read])}
+    return TrainedClassifier(classifier, metrics, train.rows[chosen])
 
 
 def fit_linear(

@@ -3,7 +3,7 @@
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -83,6 +83,13 @@ class Examples:
     settings: dict[str, Any]
 
     @classmethod
+    def of(cls, config: Any, train: Images, test: Images | None, **settings: Any) -> "Examples":
+        """Images held out where there are any, else a few of those that are trained on."""
+        if test is None:
+            return cls.of_training(config, train, **settings)
+        return cls.held_out(config, train, test, **settings)
+
+    @classmethod
     def held_out(cls, config: Any, train: Images, test: Images, **settings: Any) -> "Examples":
         """Labelled images, of every class as nearly equally many as there are: the queries held out from training."""
         room = EVALUATION_BYTES // (config.in_chans * config.image_size**2)
@@ -129,10 +136,10 @@ class Examples:
         bank, queries = (_thumbnails(pixels).flatten(1) for pixels in (self.bank, self.queries))
         return knn(bank, self.bank_labels, queries, self.query_labels, k=NEIGHBOURS)
 
-    def save_pictures(self, encoder: nn.Module, folder: Path) -> None:
+    def save_pictures(self, encoder: nn.Module, folder: Path, *, method: Literal["pca", "tsne"] = "pca") -> None:
         """`embedding.png`, the queries on a map, and `neighbours.png`, what the bank has nearest to eight of them."""
         features, found = (extract_features(encoder, images, **self.settings) for images in (self.bank, self.queries))
-        save_embedding(found, self.query_labels, self.class_names, folder / "embedding.png")
+        save_embedding(found, self.query_labels, self.class_names, folder / "embedding.png", method=method)
         # All over the queries, which may be in the order of their classes.
         chosen = torch.linspace(0, len(found) - 1, min(8, len(found))).long()
         _, places = nearest_neighbours(features, found[chosen], k=8)

@@ -9,7 +9,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
@@ -29,7 +29,7 @@ from .checkpoint import (
     prepare_output_dir,
     restore_optimizer,
 )
-from .config import PretrainConfig, to_yaml
+from .config import PretrainConfig, parse, to_yaml
 from .data import Batch, TrainingBatches, share_indices
 from .decoding import BadImage
 from .defaults import (
@@ -311,6 +311,22 @@ def initial_encoder(config: Any) -> nn.Module:
         zero_init_last=config.zero_init_last,
         **_backbone_kwargs(config),
     )
+
+
+def redraw(folder: str | Path, *, method: Literal["pca", "tsne"] = "tsne") -> None:
+    """`embedding.png` and `neighbours.png` of a finished run again, the map by that method.
+
+    Raises `ByolTimmError` for a folder without config.yaml or encoder, and images that are no longer there.
+    """
+    folder = Path(folder)
+    settings: Any = parse(PretrainConfig, ["--config", str(folder / "config.yaml")])
+    layout = torch.channels_last if settings.channels_last else torch.contiguous_format
+    encoder = load_encoder(f"local-dir:{folder}/encoder").to(memory_format=layout)
+    mean, std = normalization(encoder, settings.in_chans)
+    shape = dict(mean=mean, std=std, channels_last=settings.channels_last)
+    splits = _open_stream(settings) if settings.streaming else open_images(settings)
+    examples = Examples.of(settings, splits.bank, splits.test, **shape)
+    examples.save_pictures(encoder, folder, method=method)
 
 
 def train_step(
@@ -655,7 +671,7 @@ def _finish(
         if linear:
             record["results"]["linear_byol"] = 100 * linear[-1]
     shape = dict(mean=mean, std=std, channels_last=config.channels_last)
-    examples = held_out or Examples.of_training(config, splits.bank, **shape)
+    examples = held_out or Examples.of(config, splits.bank, splits.test, **shape)
     examples.save_pictures(encoder, folder)
     save_curves(rows, folder / "curves.png", baselines=baselines)
     save_encoder(

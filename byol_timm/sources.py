@@ -108,13 +108,15 @@ def open_dataset(
     label_column: str | None = None,
     in_chans: int = 3,
     seed: int = 0,
+    hold_out: bool = True,
 ) -> Splits:
     """The images that `dataset` names: `digits`, a folder of images, parquet or arrow files, or a Hub dataset id.
 
     `digits` are scikit-learn's 1,797 scans. The classes of a folder are its first-level folders, its splits folders
     `train` and `test` (or `validation`, `valid`, `val`). Without a labelled test split, a tenth of every class is held
-    out by `seed`; without labels nothing is. `in_chans` is 1 (grey), 3 (RGB), 4 (RGBA), or as many channels as TIFF
-    stacks and arrays have. Raises `ByolTimmError`.
+    out by `seed`; without labels nothing is, nor with `hold_out` False, which takes no other split to test on either.
+    `in_chans` is 1 (grey), 3 (RGB), 4 (RGBA), or as many channels as TIFF stacks and arrays have. Raises
+    `ByolTimmError`.
     """
     path = Path(dataset).expanduser()
     files = scan(path) if path.is_dir() and dataset != "digits" else None
@@ -136,7 +138,7 @@ def open_dataset(
         parts = _columns(_load_tables(dataset, path, config), dataset, image_column, label_column)
     else:
         raise ByolTimmError(f"data folder {dataset} does not exist. check --dataset")
-    return _choose(parts, dataset, split, in_chans, seed, held_out)
+    return _choose(parts, dataset, split, in_chans, seed, held_out if hold_out else None)
 
 
 class Identified(Protocol):
@@ -294,8 +296,10 @@ class _Part:
     class_names: tuple[str, ...] = ()
 
 
-def _choose(parts: dict[str, _Part], name: str, split: str | None, channels: int, seed: int, held_out: float) -> Splits:
-    """Training images and, where there are labels, test images."""
+def _choose(
+    parts: dict[str, _Part], name: str, split: str | None, channels: int, seed: int, held_out: float | None
+) -> Splits:
+    """Training images and, where there are labels and a share to hold out, test images."""
     train_name = train_split(parts, name, split)
     train = _images(parts[train_name], name, channels, parts[train_name].class_names)
     if not len(train):
@@ -304,6 +308,8 @@ def _choose(parts: dict[str, _Part], name: str, split: str | None, channels: int
     if train.labels is None:
         return Splits(train, None, f"{source}, unlabelled: no evaluation")
     source += f", {len(train.class_names)} classes"
+    if held_out is None:
+        return Splits(train, None, source)
     for test_name in TEST_NAMES:
         if test_name in parts and test_name != train_name:
             test = _images(parts[test_name], name, channels, train.class_names)

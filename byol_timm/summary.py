@@ -1,5 +1,6 @@
 """What a run says at its beginning, in a rehearsal and at its end, and the machine it ran on."""
 
+import json
 import platform
 import resource
 import shlex
@@ -18,7 +19,10 @@ from .augment import omitted_operations
 from .byol import BYOL
 from .defaults import has_batch_norm, resolve_augmentation
 from .encoder import encoder_width
+from .errors import ByolTimmError
 from .fidelity import Point, nearest_schedule
+from .metrics import write_json
+from .report import save_confusion
 from .shards import StreamSplits
 from .sources import Splits
 
@@ -204,6 +208,24 @@ def accuracy_lines(metrics: Mapping[str, Any], class_names: Sequence[str]) -> li
     known = [(share, name) for share, name in zip(metrics["per_class"], class_names, strict=False) if share is not None]
     worst = ", ".join(f"{name} {share:.1%}" for share, name in sorted(known)[:3])
     return [*lines, f"  mean per class {metrics['mean_per_class']:.1%}; lowest: {worst}"]
+
+
+def save_evaluation(
+    folder: str | Path, record: Mapping[str, Any], class_names: Sequence[str], *, rows: Sequence[int] | None = None
+) -> None:
+    """`results.json` with the record, `confusion.png` of its `confusion`, and `labelled.json` with the rows if given.
+
+    rows: of the images in their split whose labels a classifier learned from. Raises `ByolTimmError`.
+    """
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / "results.json", record)
+        if rows is not None:
+            (folder / "labelled.json").write_text(json.dumps([int(row) for row in rows]) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise ByolTimmError(f"cannot write to {folder} ({error.strerror}). Choose another --output") from error
+    save_confusion(record["confusion"], class_names, folder / "confusion.png")
 
 
 def _duration(seconds: float) -> str:

@@ -7,7 +7,6 @@ Learning rate and epochs are chosen on held-out training images, never on the te
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 
 from byol_timm.config import EvaluationConfig, parse, run
 
@@ -24,16 +23,17 @@ def main() -> None:
     config = parse(FinetuneConfig)
 
     from byol_timm.evaluation import open_evaluation, train_classifier
-    from byol_timm.metrics import write_json
-    from byol_timm.summary import accuracy_lines
+    from byol_timm.summary import accuracy_lines, save_evaluation
 
     encoder, splits, preparation = open_evaluation(config)
     settings = dict(protocol=config.protocol, seed=config.seed)
-    metrics = train_classifier(encoder, splits.train, splits.test, preparation, frozen=False, **settings).metrics
+    trained = train_classifier(encoder, splits.train, splits.test, preparation, frozen=False, **settings)
+    metrics, class_names = trained.metrics, splits.train.class_names
     print(f"fine-tuning ({metrics['protocol']}) of {config.encoder} on {config.dataset}")
-    print(*accuracy_lines(metrics, splits.train.class_names), sep="\n")
+    print(*accuracy_lines(metrics, class_names), sep="\n")
     if config.output:
-        write_json(Path(config.output), {"encoder": config.encoder, "dataset": config.dataset, **metrics})
+        record = {"encoder": config.encoder, "dataset": config.dataset, **metrics}
+        save_evaluation(config.output, record, class_names, rows=trained.rows)
 
 
 if __name__ == "__main__":

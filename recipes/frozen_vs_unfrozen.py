@@ -26,7 +26,7 @@ QUICK = dict(
     finetune_steps=50,
 )
 # Of a single run: a comparison has none of these, or one of its own.
-REFUSED = ("seed", "image_share", "pretrained", "resume", "overwrite", "dry_run", "max_time", "push_to_hub", "public")
+REFUSED = ("seed", "image_share", "pretrained", "overwrite", "dry_run", "max_time", "push_to_hub", "public")
 
 
 @dataclass(frozen=True)

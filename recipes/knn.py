@@ -7,7 +7,6 @@ The whole training split is the bank, the whole held-out split the queries.
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 
 from byol_timm.config import EvaluationConfig, parse, run
 
@@ -28,8 +27,7 @@ def main() -> None:
     config = parse(KnnConfig)
 
     from byol_timm.evaluation import classification_metrics, dataset_features, knn_scores, open_evaluation
-    from byol_timm.metrics import write_json
-    from byol_timm.summary import accuracy_lines
+    from byol_timm.summary import accuracy_lines, save_evaluation
 
     encoder, splits, preparation = open_evaluation(config)
     bank, banked = dataset_features(encoder, splits.train, preparation)
@@ -42,7 +40,7 @@ def main() -> None:
     print(*accuracy_lines(metrics, class_names), sep="\n")
     if config.output:
         chosen = {"encoder": config.encoder, "dataset": config.dataset, "bank_images": len(bank), **settings}
-        write_json(Path(config.output), {**chosen, **metrics})
+        save_evaluation(config.output, {**chosen, **metrics}, class_names)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from torch import nn
 
 from byol_timm import evaluation
 from byol_timm.augment import EvaluationTransform
+from byol_timm.config import EvaluationConfig
 from byol_timm.encoder import create_encoder
 from byol_timm.errors import ByolTimmError
 from byol_timm.evaluation import (
@@ -28,13 +29,12 @@ from byol_timm.evaluation import (
     dataset_features,
     extract_features,
     fit_linear,
-    gather,
     knn,
     knn_scores,
     label_subset,
     logistic_regression,
     nearest_neighbours,
-    shard,
+    open_evaluation,
     train_classifier,
 )
 from byol_timm.sources import open_dataset
@@ -155,43 +155,11 @@ def test_preparation_is_what_timm_knows_of_the_encoder():
     assert large.mean == timm.data.IMAGENET_DEFAULT_MEAN
 
 
-# Several processes
-
-
-@pytest.mark.parametrize("count", [0, 1, 7, 8, 9, 100])
-@pytest.mark.parametrize("world", [1, 2, 3, 8])
-def test_shards_are_the_images_in_order_in_whole_batches(count, world):
-    shards = [shard(count, rank, world, batch_size=8) for rank in range(world)]
-    assert [index for part in shards for index in part] == list(range(count))
-    assert all(part.start % 8 == 0 or part.start == count for part in shards)
-
-
-def extract_in_process(rank, world, folder):
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/store-{world}", rank=rank, world_size=world
-    )
-    torch.manual_seed(0)
-    images = open_dataset("digits", in_chans=1).test.subset(range(90))
-    indices = shard(len(images), rank, world, batch_size=16)
-    features, read = dataset_features(tiny_encoder(), images, PREPARATION, indices=indices, batch_size=16)
-    features, read = gather(features), gather(torch.as_tensor(read))
-    torch.save({"features": features, "indices": read}, f"{folder}/{world}-{rank}.pt")
-    torch.distributed.destroy_process_group()
-
-
-@pytest.mark.slow
-def test_two_processes_extract_the_same_bits_as_one(tmp_path):
-    for world in (1, 2):
-        torch.multiprocessing.spawn(extract_in_process, (world, str(tmp_path)), nprocs=world)
-    single, first, second = (torch.load(tmp_path / name) for name in ("1-0.pt", "2-0.pt", "2-1.pt"))
-    assert single["indices"].tolist() == list(range(90))
-    assert same_bits(single, first) and same_bits(single, second)
-
-
-def test_gathering_in_one_process_gives_the_part_back():
-    part = torch.randn(3, 4)
-    assert gather(part) is part
+def test_an_encoder_with_random_weights_is_the_same_every_time_and_another_for_another_seed():
+    config = EvaluationConfig(encoder="test_resnet", image_size=32, in_chans=1)
+    encoders = [open_evaluation(replace(config, seed=seed))[0] for seed in (0, 0, 1)]
+    first, second, third = (state(encoder) for encoder in encoders)
+    assert same_bits(first, second) and not same_bits(first, third)
 
 
 # Nearest neighbours

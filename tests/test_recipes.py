@@ -1,6 +1,7 @@
 """What the README and the recipes promise, typed as a user types it."""
 
 import dataclasses
+import json
 import os
 import re
 import runpy
@@ -9,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from byol_timm import PretrainConfig
 from byol_timm.errors import ByolTimmError
@@ -56,6 +58,30 @@ def test_python_blocks_of_the_readme_run(tmp_path):
     for block in runnable:
         result = call([sys.executable, "-c", block], tmp_path, OMP_NUM_THREADS="1")
         assert result.returncode == 0, f"{block}\n{result.stderr}"
+
+
+def test_evaluations_leave_figures_a_confusion_matrix_and_the_labelled_rows(tmp_path):
+    encoder = ["--encoder", "test_resnet", "--image_size", "32", "--in_chans", "1", "--workers", "0"]
+    for recipe, files in (("knn", set()), ("linear_probe", {"labelled.json"})):
+        command = [sys.executable, ROOT / "recipes" / f"{recipe}.py", *encoder, "--output", recipe]
+        result = call(command, tmp_path, OMP_NUM_THREADS="1")
+        assert result.returncode == 0, result.stderr[-3000:]
+        assert {file.name for file in (tmp_path / recipe).iterdir()} == {"results.json", "confusion.png", *files}
+        figures = json.loads((tmp_path / recipe / "results.json").read_text())
+        assert figures["top1"] > 0.5 and len(figures["confusion"]) == 10
+    assert len(json.loads((tmp_path / "linear_probe" / "labelled.json").read_text())) == 1438
+
+
+def test_features_of_unlabelled_images_are_extracted_and_kept(tmp_path):
+    (tmp_path / "images").mkdir()
+    for index in range(5):
+        Image.new("L", (8, 8), 40 * index).save(tmp_path / "images" / f"{index}.png")
+    command = [sys.executable, ROOT / "recipes" / "extract_features.py", "--encoder", "test_resnet"]
+    command += ["--image_size", "32", "--dataset", "images", "--part_images", "2"]
+    results = [call(command, tmp_path, OMP_NUM_THREADS="1") for _ in range(2)]
+    assert [result.returncode for result in results] == [0, 0], results[1].stderr[-3000:]
+    assert [result.stdout.count("part-") for result in results] == [3, 0]
+    assert "features of 5 images in 3 files" in results[1].stdout
 
 
 @pytest.mark.slow

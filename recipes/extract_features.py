@@ -1,0 +1,51 @@
+"""Features of all images of a data set, as files.
+
+    python recipes/extract_features.py --encoder local-dir:runs/resnet18-digits/encoder --dataset path/to/images
+    python recipes/extract_features.py --encoder hf-hub:user/name --dataset user/images --form safetensors
+    torchrun --nproc_per_node 4 recipes/extract_features.py --encoder resnet50 --pretrained --dataset path/to/images
+
+Labels are not needed. Files are written part by part, and the same command again writes those that are missing.
+
+    datasets.load_dataset("parquet", data_files="features/*.parquet", split="train").with_format("numpy")
+"""
+
+import os
+from dataclasses import dataclass
+from typing import Literal
+
+from byol_timm.config import EvaluationConfig, parse, run
+from byol_timm.errors import ByolTimmError
+
+
+@dataclass(frozen=True)
+class Extraction(EvaluationConfig):
+    """Features of all images of a data set, as files."""
+
+    split: str | None = None
+    """Split whose images are taken, all of them; None: train."""
+    output: str = "features"
+    """Folder for the files."""
+    form: Literal["parquet", "safetensors"] = "parquet"
+    """Of the files."""
+    part_images: int = 10_000
+    """Images a file."""
+
+
+def main() -> None:
+    config = parse(Extraction)
+    if config.part_images < 1:
+        raise ByolTimmError(f"--part_images must be positive ({config.part_images})")
+
+    from byol_timm.evaluation import open_evaluation
+    from byol_timm.extraction import save_features
+
+    rank, world = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
+    encoder, splits, preparation = open_evaluation(config, labelled=False)
+    settings = dict(form=config.form, part_images=config.part_images, rank=rank, world=world)
+    paths = save_features(encoder, splits.train, preparation, config.output, **settings)
+    if rank == 0:
+        print(f"features of {len(splits.train):,} images in {len(paths)} files in {config.output}")
+
+
+if __name__ == "__main__":
+    run(main)
