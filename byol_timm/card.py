@@ -178,10 +178,11 @@ def _metadata(record: Mapping[str, Any], config: Mapping[str, Any], subject: str
 
 
 def _base_model(backbone: str | None, settings: Mapping[str, Any]) -> str | None:
-    if backbone is None or not (settings.get("pretrained") or ":" in backbone):
+    for source in (settings.get("training_state"), backbone):
+        if source and source.startswith("hf-hub:"):
+            return source.removeprefix("hf-hub:").partition("@")[0]
+    if backbone is None or not settings.get("pretrained"):
         return None
-    if backbone.startswith("hf-hub:"):
-        return backbone.removeprefix("hf-hub:").partition("@")[0]
     return timm.models.get_pretrained_cfg_value(backbone, "hf_hub_id") if timm.is_model(backbone) else None
 
 

@@ -78,18 +78,31 @@ def load_latest(folder: Path) -> Checkpoint | None:
         shutil.rmtree(leftover, ignore_errors=True)  # every process of a run may be sweeping
     skipped: list[str] = []
     for step in reversed(_steps(folder)):
-        path = folder / f"step-{step}"
         try:
-            files = _read(path)
-            state = json.loads(files.pop(_STATE))
-            tensors = {Path(name).stem: safetensors.torch.load(data) for name, data in files.items()}
-        except (_Damaged, SafetensorError, OSError) as error:
-            skipped.append(f"{path.name}: {error}")
+            checkpoint = _load(folder / f"step-{step}")
+        except _Damaged as error:
+            skipped.append(f"step-{step}: {error}")
             continue
-        return Checkpoint(step=step, tensors=tensors, state=state, path=path, skipped=tuple(skipped))
+        return dataclasses.replace(checkpoint, skipped=tuple(skipped))
     if skipped:
         raise ByolTimmError(f"no good checkpoint in {folder} ({'; '.join(skipped)}). Start anew with --overwrite")
     return None
+
+
+def load_checkpoint(path: Path, groups: Collection[str]) -> Checkpoint:
+    """These groups of tensors, and the state, of the checkpoint `path`, which anybody may have written.
+
+    Raises `ByolTimmError` where they are not whole to the last bit.
+    """
+    try:
+        return _load(path, {_STATE, *(f"{name}.safetensors" for name in groups)})
+    except _Damaged as error:
+        raise ByolTimmError(f"{path} is no good checkpoint ({error}). Name one as RUN/checkpoints/step-N") from error
+
+
+def seal(manifest: Mapping[str, Any]) -> bytes:
+    """The content of manifest.json: `format`, `step` and `files`, and a hash over them."""
+    return json.dumps({**manifest, "sha256": _digest(manifest)}).encode()
 
 
 class CheckpointWriter:
@@ -227,9 +240,11 @@ def compare_config(
     *,
     may_change: Collection[str],
     checkpoint: str = "the checkpoint",
+    otherwise: str = "Use another --output_dir",
 ) -> None:
     """Raise `ByolTimmError` for the first setting, outside `may_change`, that differs from what the checkpoint had.
 
+    otherwise: what to do besides giving the setting as it was.
     A setting that only one of the two knows belongs to another version of byol_timm and is passed over.
     """
     for name, before in saved.items():
@@ -239,7 +254,7 @@ def compare_config(
         if now != before:
             raise ByolTimmError(
                 f"{checkpoint} was made with {name} {_shown(before)}, you asked for {_shown(now)}. "
-                f"Use another --output_dir or {_flag(name, before)}"
+                f"{otherwise} or {_flag(name, before)}"
             )
 
 
@@ -271,7 +286,7 @@ def _write(folder: Path, step: int, files: Mapping[str, Mapping[str, Tensor]], s
             }
             entries[_STATE] = _write_file(temporary / _STATE, state.encode())
             manifest = {"format": FORMAT, "step": step, "files": entries}
-            _write_file(temporary / _MANIFEST, json.dumps({**manifest, "sha256": _digest(manifest)}).encode())
+            _write_file(temporary / _MANIFEST, seal(manifest))
             _sync(temporary)
         except OSError:
             shutil.rmtree(temporary)
@@ -312,39 +327,56 @@ def _digest(manifest: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
-def _read(path: Path) -> dict[str, bytes]:
-    """The verified contents of every file of a checkpoint."""
+def _load(path: Path, names: Collection[str] | None = None) -> Checkpoint:
+    step, files = _read(path, names)
+    try:
+        state = json.loads(files.pop(_STATE))
+        tensors = {Path(name).stem: safetensors.torch.load(data) for name, data in files.items()}
+    except (SafetensorError, KeyError, ValueError) as error:
+        raise _Damaged(f"{type(error).__name__}: {error}") from error
+    return Checkpoint(step=step, tensors=tensors, state=state, path=path, skipped=())
+
+
+def _read(path: Path, names: Collection[str] | None = None) -> tuple[int, dict[str, bytes]]:
+    """The step and the verified contents of the files of a checkpoint, or of those among `names`."""
     try:
         manifest = json.loads((path / _MANIFEST).read_bytes())
         digest = manifest.pop("sha256")
+        step, version = int(manifest["step"]), int(manifest["format"])
+        files = {name: (int(entry["bytes"]), entry["sha256"]) for name, entry in manifest["files"].items()}
+        files = {name: facts for name, facts in files.items() if names is None or name in names}
     except FileNotFoundError:
         raise _Damaged(f"{_MANIFEST} is missing") from None
+    except OSError as error:
+        raise _Damaged(f"{_MANIFEST}: {error.strerror}") from error
     except (ValueError, KeyError, AttributeError, TypeError):
         raise _Damaged(f"{_MANIFEST} is damaged") from None
     if digest != _digest(manifest):
         raise _Damaged(f"{_MANIFEST} is damaged")
-    if manifest["format"] > FORMAT:
+    if version > FORMAT:
         raise ByolTimmError(
-            f"{path} has checkpoint format {manifest['format']}, this byol_timm reads up to {FORMAT}. Upgrade byol_timm"
+            f"{path} has checkpoint format {version}, this byol_timm reads up to {FORMAT}. Upgrade byol_timm"
         )
     contents = {}
-    for name, entry in manifest["files"].items():
+    for name, (wanted, sha256) in files.items():
         try:
             size = (path / name).stat().st_size
-            if size != entry["bytes"]:
-                raise _Damaged(f"{name} has {size:,} of {entry['bytes']:,} bytes")
+            if size != wanted:
+                raise _Damaged(f"{name} has {size:,} of {wanted:,} bytes")
             contents[name] = (path / name).read_bytes()
         except FileNotFoundError:
             raise _Damaged(f"{name} is missing") from None
-        if hashlib.sha256(contents[name]).hexdigest() != entry["sha256"]:
+        except OSError as error:
+            raise _Damaged(f"{name}: {error.strerror}") from error
+        if hashlib.sha256(contents[name]).hexdigest() != sha256:
             raise _Damaged(f"{name} has other contents than were saved (sha256)")
-    return contents
+    return step, contents
 
 
 def _is_good(path: Path) -> bool:
     try:
         _read(path)
-    except (_Damaged, OSError):
+    except _Damaged:
         return False
     return True
 

@@ -7,6 +7,7 @@ import io
 import logging
 import os
 import sys
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ import yaml
 from .errors import ByolTimmError
 
 Config = TypeVar("Config")
+ALONE_SECONDS = 10.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +38,8 @@ class PretrainConfig:
     """Start from the backbone's pretrained weights."""
     zero_init_last: bool = True
     """Start residual branches at zero, as timm does; --no_zero_init_last starts them at one, as the paper does."""
+    training_state: str | None = None
+    """Start all networks from a checkpoint: RUN/checkpoints/step-N, or hf-hub:user/name with its training state."""
     image_size: int | None = None
     """Side of the square training images; None: 32 for digits, the images' own size up to 64, else 224."""
     in_chans: int = 3
@@ -136,8 +140,10 @@ class PretrainConfig:
     """Push the encoder to this Hub repository (user/name) at the end, private unless --public."""
     public: bool = False
     """Make the Hub repository public."""
+    license: str | None = None
+    """Licence of the weights as the Hub writes it, for example cc-by-4.0; the training images may restrict it."""
     push_training_state: bool = False
-    """Push target network and heads too, so that somebody else can continue."""
+    """Push target network and heads too, so that somebody else can continue with --training_state."""
     dry_run: bool = False
     """Print what would be done, write views.png, and stop."""
     debug: bool = False
@@ -231,10 +237,16 @@ def run(main: Callable[[], Any]) -> None:
     except ByolTimmError as error:
         if "--debug" in sys.argv:
             traceback.print_exc()
-        if os.environ.get("RANK", "0") == "0":
+        if os.environ.get("RANK", "0") == "0" or (not error.agreed and _is_alone()):
             text = " ".join(f"byol_timm: error: {error}".split())
             print(text.encode(errors="backslashreplace").decode(), file=sys.stderr)
         raise SystemExit(error.exit_code) from None
+
+
+def _is_alone() -> bool:
+    """Whether the first process goes on: had it failed too, the launcher would end this one within that time."""
+    time.sleep(ALONE_SECONDS)
+    return True
 
 
 class _Console(logging.Handler):

@@ -44,6 +44,10 @@ def _opened(file: BinaryIO) -> Iterator[Image.Image | Array]:
             if magic == b"\x93NUMPY":
                 yield np.load(file, allow_pickle=False)
             else:
+                if magic.startswith(b"\x89PNG"):
+                    # The checksums, which PIL leaves out when it reads pixels: damage would pass as other colours.
+                    Image.open(file, formats=["PNG"]).verify()
+                    file.seek(0)
                 with Image.open(file, formats=_formats()) as image:
                     yield image
     except BadImage:

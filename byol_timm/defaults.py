@@ -120,6 +120,8 @@ def check(config: PretrainConfig) -> None:
         value = getattr(config, name)
         if value is not None and value <= 0:
             raise ByolTimmError(f"--{name} must be positive ({value})")
+    if config.batch_size == 1:
+        raise ByolTimmError("--batch_size must be 2 or more (1): BatchNorm compares the images of a batch")
     for name in ("lr", "weight_decay", "warmup_epochs", "rotate"):
         value = getattr(config, name)
         if value is not None and value < 0:

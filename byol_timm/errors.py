@@ -8,3 +8,5 @@ class ByolTimmError(ValueError):
     """
 
     exit_code = 2
+    # Whether all processes of a launch stop for it, so that one of them is enough to tell it.
+    agreed = False

@@ -45,6 +45,7 @@ from timm.utils import unwrap_model
 from torch import nn
 
 from .card import CARD_START, REDACTED, card_metadata, merge_cards, model_card, one_line, own_text, redact
+from .checkpoint import seal
 from .encoder import create_encoder
 from .errors import ByolTimmError
 
@@ -53,6 +54,14 @@ logger = logging.getLogger(__name__)
 CONFIG, WEIGHTS, CARD, RECORD = "config.json", "model.safetensors", "README.md", "byol.json"
 PICTURES = ("curves.png", "embedding.png")
 TRAINING_STATE = "training_state"
+# Of a checkpoint, what a run starts from.
+STATE_FILES = ("manifest.json", "state.json", "byol.safetensors")
+# What it means that a repository lacks a file.
+WITHOUT = {
+    CONFIG: "is it a timm model?",
+    WEIGHTS: "its weights are in another, possibly unsafe, format",
+    TRAINING_STATE: "it was pushed without its training state",
+}
 PROBE_SECONDS = 3.0
 
 PAPER = dict(
@@ -168,14 +177,26 @@ def fetch_encoder(name: str) -> Path:
     Two files are fetched, by name. Without a network the copy in the cache is used, and said so. Raises
     `ByolTimmError` when there is none, and for a repository that is missing, private, gated or no timm model.
     """
+    folder = _fetch(name, (CONFIG, WEIGHTS))
+    check_encoder_folder(folder)
+    return folder
+
+
+def fetch_training_state(name: str) -> Path:
+    """The checkpoint that was pushed beside the encoder `user/name`, as `fetch_encoder` fetches that."""
+    return _fetch(name, [f"{TRAINING_STATE}/{file}" for file in STATE_FILES]) / TRAINING_STATE
+
+
+def _fetch(name: str, files: Sequence[str]) -> Path:
+    """The folder of the cache with these files of one commit, and nothing else that was not fetched before."""
     repo_id, _, revision = name.removeprefix("hf-hub:").partition("@")
     _check_name(repo_id)
     unreachable = _why_unreachable()
     if unreachable:
         logger.warning(f"{unreachable}; using the cached copy of {repo_id}")
-    path = ""
-    for file in (CONFIG, WEIGHTS):
-        commit = Path(path).parent.name if path else revision or None
+    folder: Path | None = None
+    for file in files:
+        commit = folder.name if folder else revision or None
         try:
             path = hf_hub_download(repo_id, file, revision=commit, local_files_only=unreachable is not None)
         except RepositoryNotFoundError as error:
@@ -190,12 +211,12 @@ def fetch_encoder(name: str) -> Path:
             reason = unreachable or f"the Hub did not deliver it ({one_line(error.__cause__ or error)})"
             raise ByolTimmError(f"{repo_id} is not in the cache and {reason}. Try again later") from error
         except EntryNotFoundError as error:
-            other = "is it a timm model?" if file == CONFIG else "its weights are in another, possibly unsafe, format"
-            raise ByolTimmError(f"{repo_id} has no {file}: {other}") from error
+            raise ByolTimmError(f"{repo_id} has no {file}: {WITHOUT.get(file, WITHOUT[TRAINING_STATE])}") from error
         except (HfHubHTTPError, HTTPError, OSError) as error:
             raise ByolTimmError(f"{repo_id} could not be fetched ({one_line(error)}). Try again later") from error
-    check_encoder_folder(Path(path).parent)
-    return Path(path).parent
+        folder = Path(path).parents[file.count("/")]
+    assert folder is not None
+    return folder
 
 
 def load_encoder(
@@ -583,10 +604,11 @@ def _training_state_files(folder: Path) -> dict[str, Any]:
     if "manifest.json" in files:
         # The manifest vouches for the bytes that are pushed, not for those before redaction.
         manifest = json.loads(files["manifest.json"])
+        manifest.pop("sha256", None)
         for name, entry in manifest["files"].items():
             if name.endswith(".json"):
                 entry |= {"bytes": len(files[name]), "sha256": hashlib.sha256(files[name]).hexdigest()}
-        files["manifest.json"] = _json(manifest).encode()
+        files["manifest.json"] = seal(manifest)
     return {f"{TRAINING_STATE}/{name}": content for name, content in files.items()}
 
 

@@ -26,6 +26,8 @@ _REASONS = {
 class Interrupted(ByolTimmError):
     """The run stopped early and can be resumed; the exit code is 128 + the signal number, as in a shell."""
 
+    agreed = True
+
     def __init__(self, signal_number: int, step: int) -> None:
         super().__init__(f"{_REASONS[signal.Signals(signal_number)]}, stopped at step {step}. Continue with --resume")
         self.signal_number = signal_number

@@ -127,9 +127,23 @@ def on_main_process(accelerator: Accelerator, act: Callable[[], Result]) -> Resu
 
 def raise_first(accelerator: Accelerator, failure: ByolTimmError | None) -> None:
     """Raise, on every process, the first failure that any process met; every process must call it."""
-    texts = [text for text in gather_object([str(failure) if failure else None]) if text is not None]
-    if texts:
-        raise ByolTimmError(texts[0])
+    failures = [known for known in gather_object([failure]) if known is not None]
+    if failures:
+        raise failures[0]
+
+
+@contextlib.contextmanager
+def memory_errors(batch_size: int, image_size: int) -> Iterator[None]:
+    """A device without enough memory as a `ByolTimmError`: a smaller batch would be another training, so ask for it."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        reason = " ".join(str(error).split())[:120]
+        raise ByolTimmError(
+            f"out of memory with {batch_size} images of {image_size}x{image_size} at once ({reason}). Lower "
+            "--batch_size and make up for it with accelerate launch --gradient_accumulation_steps, or try "
+            "--grad_checkpointing or accelerate launch --mixed_precision bf16"
+        ) from error
 
 
 def check_same(accelerator: Accelerator, what: str, fault: str) -> None:

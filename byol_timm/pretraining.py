@@ -21,8 +21,10 @@ from .augment import TwoViews
 from .byol import BYOL, HEALTH, target_decay
 from .card import redact
 from .checkpoint import (
+    Checkpoint,
     CheckpointWriter,
     compare_config,
+    load_checkpoint,
     load_latest,
     lock_folder,
     optimizer_tensors,
@@ -46,13 +48,14 @@ from .defaults import (
 from .encoder import enable_grad_checkpointing, encoder_width, freeze_parts, parse_kwargs
 from .errors import ByolTimmError
 from .fidelity import points
-from .hub import check_push, load_encoder, push_encoder, save_encoder
+from .hub import check_push, fetch_training_state, load_encoder, push_encoder, save_encoder
 from .interruption import Interrupted, Interruption, agree
 from .launch import (
     average_batch_statistics,
     check_same,
     create_accelerator,
     losing_processes_told,
+    memory_errors,
     on_main_process,
     prepare,
     raise_first,
@@ -61,8 +64,8 @@ from .metrics import CollapseAlarm, MetricsLog, effective_rank, read_metrics, wr
 from .monitor import NEIGHBOURS, Examples, LinearProbe
 from .optim import create_optimizer, learning_rate
 from .report import save_curves, save_report, save_views
-from .shards import StreamSplits, open_stream
-from .sources import Images, Splits, fingerprint, open_dataset
+from .shards import Stream, StreamSplits, open_stream
+from .sources import Images, Splits, fingerprint, hub_id, open_dataset
 from .streaming import StreamBatches
 from .summary import banner, closing, environment, paper_lines, rehearsal
 
@@ -70,8 +73,11 @@ logger = logging.getLogger(__name__)
 # What may differ between a run and its continuation; everything else decides what the weights become.
 MAY_CHANGE = frozenset(
     "batch_size output_dir save_every log_every knn_every resume overwrite max_time on_collapse report_to push_to_hub "
-    "public push_training_state dry_run debug workers memory_limit on_bad_image".split()
+    "public license push_training_state dry_run debug workers memory_limit on_bad_image".split()
 )
+# What decides the shapes of projector and predictor.
+HEADS = ("hidden_dim", "projection_dim", "num_head_layers")
+MANY_TINY = 0.1
 MAX_SKIPPED_STEPS = 20
 # A dry run measures up to so many steps after the first, or five seconds of them.
 REHEARSED_STEPS, REHEARSAL_SECONDS = 10, 5
@@ -100,6 +106,11 @@ def pretrain(config: PretrainConfig) -> nn.Module:
         with accelerator.main_process_first():
             splits = _open_stream(config) if config.streaming else open_images(config)
             settings = resolve_images(config, splits.bank.side())
+            tiny = splits.bank.share_below(settings.image_size / 4)
+            start = _training_state(settings)
+            if start is not None:
+                known = {name: start.state["config"][name] for name in HEADS if getattr(settings, name) is None}
+                settings = dataclasses.replace(settings, **known)
             encoder = initial_encoder(settings)
         forwards = accelerator.num_processes * accelerator.gradient_accumulation_steps
         settings = resolve_training(settings, encoder, len(splits.train), forwards)
@@ -118,12 +129,21 @@ def pretrain(config: PretrainConfig) -> nn.Module:
             projection_dim=settings.projection_dim,
             num_head_layers=settings.num_head_layers,
         )
+        if start is not None:
+            _start_from(start, settings, byol)
         probe = None
         if splits.test is not None and isinstance(splits, Splits):
             probe = LinearProbe(encoder_width(encoder), splits.train, accelerator.device)
         optimizer = _create_optimizer(settings, byol)
         for line in banner(settings, schedule, splits, byol, accelerator, folder, frozen):
             logger.info(line)
+        if tiny > MANY_TINY:
+            logger.warning(
+                "%.0f %% of the images have less than a quarter of the %d pixels that they are enlarged to. Lower "
+                "--image_size if they are all like that",
+                100 * tiny,
+                settings.image_size,
+            )
         if accelerator.is_main_process:
             folder.mkdir(parents=True, exist_ok=True)
             _save_example_views(splits.bank, views, folder / "views.png")
@@ -138,6 +158,7 @@ def pretrain(config: PretrainConfig) -> nn.Module:
             "images": len(splits.train),
             "channels": splits.train.channels,
             "fingerprint": fingerprint(splits.train),
+            "hub_id": hub_id(settings.dataset),
         }
         fault = f"sees other images in {settings.dataset} than process 0. Give all hosts the same files"
         check_same(accelerator, data["fingerprint"], fault)
@@ -151,10 +172,11 @@ def pretrain(config: PretrainConfig) -> nn.Module:
             (folder / "config.yaml").write_text(to_yaml(settings), encoding="utf-8")
             write_json(folder / "environment.json", environment(accelerator))
         accelerator.init_trackers(
-            "byol_timm", config={name: str(v) for name, v in dataclasses.asdict(settings).items()}
+            "byol_timm", config={name: str(v) for name, v in redact(dataclasses.asdict(settings)).items()}
         )
 
         # Devices, processes, memory layout.
+        stack.enter_context(memory_errors(settings.batch_size, settings.image_size))
         _lay_out(byol, settings, accelerator)
         group: Any = None
         if accelerator.num_processes > 1 and accelerator.device.type == "cuda":
@@ -208,11 +230,10 @@ def pretrain(config: PretrainConfig) -> nn.Module:
                 accuracies = held_out.evaluate(encoder, probe if step else None, interruption)
                 if accuracies is not None:
                     log.log({"step": step, "epoch": schedule.epoch(step), **accuracies})
-            if step == schedule.total_steps:
-                break
 
             # What is known now decides, on all processes alike, whether there is another step.
-            micro_batches, failure = _read(stream, accelerator.gradient_accumulation_steps)
+            over = step == schedule.total_steps
+            micro_batches, failure = _read(stream, 0 if over else accelerator.gradient_accumulation_steps)
             stop = agree(FAILED if failure else interruption.requested, group)
             if stop is not None:
                 if accelerator.is_main_process:
@@ -220,6 +241,8 @@ def pretrain(config: PretrainConfig) -> nn.Module:
                     writer.close()
                 raise_first(accelerator, failure)
                 raise Interrupted(stop, step)
+            if over:
+                break
 
             lr, decay = schedule.lr(step), schedule.target_decay(step)
             for parameters in optimizer.param_groups:
@@ -227,8 +250,8 @@ def pretrain(config: PretrainConfig) -> nn.Module:
             _seed(settings.seed, step, accelerator.process_index)
             figures = train_step(accelerator, model, optimizer, map(two_views, micro_batches), target_decay=decay)
             skipped = skipped + 1 if accelerator.optimizer_step_was_skipped else 0
-            if skipped > MAX_SKIPPED_STEPS or not (skipped or figures["grad_norm"].isfinite()):
-                raise _not_finite(folder, step, lr, figures, micro_batches, accelerator)
+            if not figures["grad_norm"].isfinite() and not _mends_itself(accelerator, figures["loss"], skipped):
+                raise _not_finite(folder, step, lr, figures, micro_batches, splits.train, accelerator)
             if accelerator.is_main_process and probe and not skipped:
                 ordinals = torch.cat([batch.ordinals for batch in micro_batches])
                 probe.learn(figures["representation"], ordinals, batches.bad)
@@ -514,6 +537,40 @@ def _rehearse(
         logger.info(line)
 
 
+def _training_state(config: PretrainConfig) -> Checkpoint | None:
+    """The networks to start from, of a checkpoint here or on the Hub."""
+    if config.training_state is None:
+        return None
+    source, _, place = config.training_state.partition(":")
+    checkpoint = load_checkpoint(
+        fetch_training_state(place) if source == "hf-hub" else Path(config.training_state), {"byol"}
+    )
+    settings = checkpoint.state.get("config") if isinstance(checkpoint.state, dict) else None
+    if (
+        "byol" not in checkpoint.tensors
+        or not isinstance(settings, dict)
+        or not settings.keys() >= {*HEADS, "backbone"}
+    ):
+        raise ByolTimmError(f"{config.training_state} is no training state of byol_timm. Check --training_state")
+    return checkpoint
+
+
+def _start_from(checkpoint: Checkpoint, config: Any, byol: BYOL) -> None:
+    made_with, tensors = checkpoint.state["config"], checkpoint.tensors["byol"]
+    name, asked = f"the training state {config.training_state}", dataclasses.asdict(config)
+    heads = {key: made_with[key] for key in HEADS}
+    compare_config(heads, asked, may_change=(), checkpoint=name, otherwise="Omit --training_state")
+    shapes = {key: tensor.shape for key, tensor in byol.state_dict().items()}
+    for key in sorted(shapes.keys() | tensors.keys()):
+        if key not in tensors or tensors[key].shape != shapes.get(key):
+            raise ByolTimmError(
+                f"{name} is of {made_with['backbone']} and does not fit {config.backbone} as it was asked for (they "
+                f"differ in {key}). Give the --backbone, --backbone_kwargs and --in_chans that it was made with"
+            )
+    byol.load_state_dict(tensors)
+    logger.info("all networks start from %s, step %d", config.training_state, checkpoint.step)
+
+
 def _resume(
     config: Any,
     schedule: Schedule,
@@ -606,14 +663,33 @@ def _seed(seed: int, step: int, process: int) -> None:
     torch.manual_seed(int.from_bytes(digest) >> 1)
 
 
+def _mends_itself(accelerator: Accelerator, loss: Tensor, skipped: int) -> bool:
+    """Whether a smaller scale of the loss, which float16 tries after a skipped step, can mend the gradient.
+
+    It cannot when activations overflow: then the loss is no number either, and batch statistics are lost. The answer is
+    that of all processes, which skip a step together.
+    """
+    return 0 < skipped <= MAX_SKIPPED_STEPS and bool(accelerator.reduce(loss.double(), "mean").isfinite())
+
+
 def _not_finite(
-    folder: Path, step: int, lr: float, figures: dict[str, Tensor], batches: list[Batch], accelerator: Accelerator
+    folder: Path,
+    step: int,
+    lr: float,
+    figures: dict[str, Tensor],
+    batches: list[Batch],
+    images: Stream | Images,
+    accelerator: Accelerator,
 ) -> ByolTimmError:
     """The error for a gradient that is not finite, with what is known about it in `debug/step-N.json`."""
     loss, norm = figures["loss"].item(), figures["grad_norm"].item()
-    ordinals = gather_object([ordinal for batch in batches for ordinal in batch.ordinals.tolist()])
+    seen: list[Any] = [ordinal for batch in batches for ordinal in batch.ordinals.tolist()]
+    if isinstance(images, Images):
+        # Those of a stream have no place of their own in an epoch.
+        seen = [images.describe(ordinal % len(images)) for ordinal in seen]
+    seen = gather_object(seen)
     if accelerator.is_main_process:
-        facts = {"step": step, "lr": lr, "loss": loss, "grad_norm": norm, "ordinals": ordinals}
+        facts = {"step": step, "lr": lr, "loss": loss, "grad_norm": norm, "images": seen}
         (folder / "debug").mkdir(exist_ok=True)
         write_json(folder / "debug" / f"step-{step}.json", {name: _number(value) for name, value in facts.items()})
     return ByolTimmError(
@@ -681,6 +757,7 @@ def _finish(
         mean=mean,
         std=std,
         crop_pct=crop_pct(config.image_size),
+        license=config.license,
         record=record,
         pictures=[folder / "curves.png", folder / "embedding.png"],
     )

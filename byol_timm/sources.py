@@ -96,7 +96,14 @@ class Images:
 
     def side(self) -> int:
         """The longer side in pixels of a typical image."""
-        return int(np.median(list(readable(self, 9, lambda index: self.source.side(int(self.rows[index]))))))
+        return int(np.median(self._sides(9)))
+
+    def share_below(self, side: float) -> float:
+        """The share of images, 0 to 1, whose longer side has fewer pixels; asked of a hundred of them."""
+        return float(np.mean(np.array(self._sides(100)) < side))
+
+    def _sides(self, count: int) -> list[int]:
+        return list(readable(self, count, lambda index: self.source.side(int(self.rows[index]))))
 
 
 def open_dataset(
@@ -139,6 +146,12 @@ def open_dataset(
     else:
         raise ByolTimmError(f"data folder {dataset} does not exist. check --dataset")
     return _choose(parts, dataset, split, in_chans, seed, held_out if hold_out else None)
+
+
+def hub_id(dataset: str) -> str | None:
+    """`dataset` where `open_dataset` takes it for the id of a data set on the Hub."""
+    here = dataset == "digits" or Path(dataset).expanduser().exists()
+    return dataset if not here and re.fullmatch(HUB_ID, dataset) else None
 
 
 class Identified(Protocol):

@@ -5,6 +5,7 @@ import platform
 import resource
 import shlex
 import statistics
+import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
@@ -39,6 +40,7 @@ def environment(accelerator: Accelerator) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "platform": platform.platform(),
         "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
+        "commit": _commit(),
     }
 
 
@@ -157,7 +159,8 @@ def closing(config: Any, folder: Path, record: dict[str, Any]) -> list[str]:
     lines = ["", f"{record['steps']:,} steps in {minutes} min {seconds} s"]
     results = record.get("results")
     if results:
-        start = "before BYOL" if config.pretrained or ":" in config.backbone else "at random initialisation"
+        trained = config.pretrained or ":" in config.backbone or config.training_state
+        start = "before BYOL" if trained else "at random initialisation"
         rows = {
             "raw pixels": results["knn_raw_pixels"],
             f"{config.backbone} {start}": results["knn_random"],
@@ -233,6 +236,19 @@ def _duration(seconds: float) -> str:
     if hours:
         return f"about {hours:,} h {minutes} min"
     return f"about {minutes} min" if minutes else f"about {seconds:.0f} s"
+
+
+def _commit() -> str | None:
+    """The commit of the clone that this is run from, with `+` if files differ from it."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        tracked = subprocess.run([*git, "ls-files", "--error-unmatch", __file__], capture_output=True)
+        commit = subprocess.run(
+            [*git, "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+"], capture_output=True
+        )
+    except OSError:
+        return None
+    return commit.stdout.decode().strip() or None if tracked.returncode == 0 else None
 
 
 def _millions(module: nn.Module) -> str:

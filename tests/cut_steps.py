@@ -67,6 +67,10 @@ def take_steps(output: Path, batch_size: int) -> None:
             loss = accelerator.reduce(figures["loss"], "mean").item()
             rows.append({"order": order, "lr": lr, "tau": tau, "loss": loss})
             rows[-1] |= {"weights": gather_object([weights_hash(byol)])}
+    # Once more, with a number that the last process alone has lost.
+    lost = [(view1 * torch.nan if rank == world - 1 else view1, view2) for view1, view2 in pairs]
+    train_step(accelerator, model, optimizer, lost, target_decay=tau)
+    rows[-1] |= {"weights after a lost number": gather_object([weights_hash(byol)])}
     seen = {}
     for part, pair in zip(parts, pairs, strict=True):
         seen |= dict(zip(part.ordinals.tolist(), torch.stack(pair, dim=1), strict=True))

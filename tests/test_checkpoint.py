@@ -14,12 +14,14 @@ from safetensors.torch import load_file
 from byol_timm.checkpoint import (
     CheckpointWriter,
     compare_config,
+    load_checkpoint,
     load_latest,
     lock_folder,
     optimizer_tensors,
     prepare_output_dir,
     restore_optimizer,
     save_checkpoint,
+    seal,
 )
 from byol_timm.errors import ByolTimmError
 from byol_timm.optim import create_optimizer
@@ -181,6 +183,39 @@ def test_a_damaged_checkpoint_is_replaced_when_its_step_comes_again_and_a_good_o
     assert load_latest(tmp_path).step == 120
     save_checkpoint(tmp_path, 120, {}, {})
     assert_same(load_latest(tmp_path).tensors, 120)
+
+
+def test_a_checkpoint_of_anybody_is_read_by_its_path(tmp_path):
+    save(tmp_path, 7)
+    (tmp_path / "step-7").rename(tmp_path / "training_state")
+    (tmp_path / "training_state" / "optimizer.safetensors").unlink()
+    checkpoint = load_checkpoint(tmp_path / "training_state", {"byol"})
+    assert (checkpoint.step, checkpoint.state["samples_seen"]) == (7, 448)
+    assert checkpoint.tensors.keys() == {"byol"}
+    assert torch.equal(checkpoint.tensors["byol"]["weight"], tensors_of(7)["byol"]["weight"])
+
+
+@pytest.mark.parametrize(
+    "manifest",
+    [
+        {},
+        [],
+        {"format": 1, "step": 7, "files": {}},
+        {"format": 1, "step": 7, "files": ["state.json"]},
+        {"format": 1, "step": 7, "files": {"../secret": {"bytes": 3, "sha256": hashlib.sha256(b"abc").hexdigest()}}},
+        {"format": 1, "step": 7, "files": {"state.json": {"bytes": "many"}}},
+        {"format": 1, "step": 7, "files": {"state.json": None}},
+    ],
+)
+def test_a_manifest_that_was_made_up_is_refused_in_one_line(tmp_path, manifest):
+    save(tmp_path, 7)
+    (tmp_path / "secret").write_bytes(b"abc")
+    content = seal(manifest) if isinstance(manifest, dict) else json.dumps(manifest).encode()
+    (tmp_path / "step-7" / "manifest.json").write_bytes(content)
+    for load in (lambda: load_checkpoint(tmp_path / "step-7", {"byol"}), lambda: load_latest(tmp_path)):
+        with pytest.raises(ByolTimmError, match="no good checkpoint") as caught:
+            load()
+        assert "\n" not in str(caught.value)
 
 
 def test_odd_folder_names(tmp_path):

@@ -427,7 +427,7 @@ def test_features_are_those_of_haikus_own_forward_pass(rotated, tmp_path, monkey
     features, _ = network.apply(parameters, statistics, images, False, both_ends=not rotated)
 
     def frozen(tree):
-        return hk._src.data_structures.to_immutable_dict(jax.device_get(tree))
+        return hk.data_structures.to_immutable_dict(jax.device_get(tree))
 
     online, other = (frozen(parameters), frozen(statistics)), (frozen(jax.tree.map(lambda x: x * 0, parameters)), {})
     checkpoint = write_release(tmp_path / "pretrain.pkl", monkeypatch, online, other)

@@ -104,6 +104,11 @@ def test_two_processes_hold_the_same_bits_after_every_step(cut_in_two):
     assert len({row["weights"][0] for row in rows}) == 3
 
 
+def test_a_number_that_one_process_has_lost_lets_none_step(cut_in_two):
+    rows, _ = cut_in_two
+    assert rows[-1]["weights after a lost number"] == rows[-1]["weights"]
+
+
 def test_a_run_of_two_processes_ends_in_the_same_weights_on_both(tmp_path):
     result = launch(tmp_path, TRAIN, *SETTINGS, "--batch_size", "128")
     assert result.returncode == 0, result.stderr[-3000:]
@@ -144,6 +149,20 @@ def test_hosts_that_share_no_disk_cannot_resume(tmp_path):
     assert result.returncode != 0
     assert result.stderr.count("byol_timm: error:") == 1
     assert "process 1 finds other checkpoints in run than process 0" in result.stderr
+
+
+def test_an_error_of_one_process_alone_is_told_by_it(tmp_path):
+    script = TRAIN.replace(
+        "encoder = pretrain(parse(PretrainConfig))",
+        "from byol_timm import config\n"
+        "        config.ALONE_SECONDS = 2\n"
+        "        dataset = 'digits' if os.environ['RANK'] == '0' else 'no/such/folder'\n"
+        "        encoder = pretrain(parse(PretrainConfig, [*sys.argv[1:], '--dataset', dataset]))",
+    )
+    result = launch(tmp_path, script, *SETTINGS, "--batch_size", "128")
+    assert result.returncode != 0
+    errors = [line for line in result.stderr.splitlines() if line.startswith("byol_timm: error:")]
+    assert sum("no/such/folder" in line for line in errors) == 1
 
 
 def test_a_bad_image_of_any_process_ends_all_with_its_name(tmp_path):

@@ -1,6 +1,7 @@
 """Whole runs that are killed, signalled, starved and misused, as a user would meet it."""
 
 import contextlib
+import fcntl
 import json
 import os
 import random
@@ -13,18 +14,30 @@ import time
 from pathlib import Path
 
 import pytest
+from accelerate.state import AcceleratorState
 
+from byol_timm import ByolTimmError, PretrainConfig, pretrain
 from byol_timm.checkpoint import load_latest
+from byol_timm.config import parse
 from byol_timm.metrics import read_metrics
 
 RECIPE = Path(os.environ.get("RECIPE", Path(__file__).parents[1] / "recipes" / "pretrain.py"))
-SETTINGS = (
-    "--backbone test_resnet --dataset digits --image_size 32 --batch_size 64 --hidden_dim 64 --projection_dim 32 "
-    "--epochs 4 --save_every 7 --log_every 1 --knn_every 100"
-).split()
-LAUNCHED = ("ACCELERATE_DYNAMO_MODE", "TORCHELASTIC_RUN_ID", "RANK", "WORLD_SIZE", "LOCAL_RANK")
 # Each life of the soak test ends at a random moment; `BYOL_TIMM_KILLS=30` is the long form.
-KILLS = int(os.environ.get("BYOL_TIMM_KILLS", 4))
+KILLS = int(os.environ.get("BYOL_TIMM_KILLS", 2))
+SETTINGS = (
+    "--backbone test_resnet --dataset digits --image_size 32 --batch_size 32 --hidden_dim 64 --projection_dim 32 "
+    f"--save_every 7 --log_every 1 --knn_every 100 --epochs {max(2, KILLS // 2)}"
+).split()
+# Ways to make the same global batch.
+LAUNCHES = {
+    "one process": {},
+    "two processes": dict(flags=("--batch_size", 16), processes=2),
+    "accumulation": dict(flags=("--batch_size", 16), env={"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "2"}),
+}
+LAUNCHED = ("ACCELERATE_DYNAMO_MODE", "TORCHELASTIC_RUN_ID", "RANK", "WORLD_SIZE", "LOCAL_RANK")
+PATIENCE = 240
+
+pytestmark = pytest.mark.slow
 
 
 def environment(**changes):
@@ -34,33 +47,33 @@ def environment(**changes):
     return {name: value for name, value in usual.items() if changes.get(name, "") is not None}
 
 
-def command(folder, *flags, processes=1, recipe=RECIPE):
-    launcher = [sys.executable]
-    if processes > 1:
-        launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    return [*map(str, launcher), str(recipe), *SETTINGS, "--output_dir", str(folder), *map(str, flags)]
+def command(folder, *more, flags=(), processes=1, launcher=None):
+    if launcher is None:
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes] * (processes > 1)
+    arguments = [*SETTINGS, "--output_dir", folder, *flags, *more]
+    return [sys.executable, *map(str, launcher), str(RECIPE), *map(str, arguments)]
 
 
-def run(folder, *flags, code=0, prefix=(), env=None, **kwargs):
+def run(folder, *more, code=0, prefix=(), env=None, **launch):
     """Run to the end, check the exit code and give back what stood on stderr."""
     result = subprocess.run(
-        [*prefix, *command(folder, *flags, **kwargs)],
+        [*prefix, *command(folder, *more, **launch)],
         capture_output=True,
         text=True,
         errors="replace",
         env=environment(**(env or {})),
-        timeout=300,
+        timeout=2 * PATIENCE,
     )
     assert result.returncode == code, f"exit code {result.returncode}\n{result.stdout[-2000:]}\n{result.stderr[-4000:]}"
     return result.stderr
 
 
 @contextlib.contextmanager
-def started(folder, *flags, env=None, prefix=(), **kwargs):
+def started(folder, *more, env=None, **launch):
     """A run in the background, killed at the end if it still lives; its output is in `folder.log`."""
     with open(f"{folder}.log", "w") as log:
         process = subprocess.Popen(
-            [*prefix, *command(folder, *flags, **kwargs)],
+            command(folder, *more, **launch),
             stdout=log,
             stderr=subprocess.STDOUT,
             env=environment(**(env or {})),
@@ -83,12 +96,16 @@ def last_step(folder):
     return rows[-1]["step"] if rows else 0
 
 
-def wait_until(condition, process, folder, seconds=120):
-    end = time.monotonic() + seconds
+def is_saving(folder):
+    return any((folder / "checkpoints").glob(".tmp-step-*"))
+
+
+def wait_until(condition, process, folder, pause=0.01):
+    end = time.monotonic() + PATIENCE
     while not condition():
         assert process.poll() is None, f"the run ended before its time\n{log_of(folder)[-4000:]}"
-        assert time.monotonic() < end, f"nothing happened in {seconds} s\n{log_of(folder)[-4000:]}"
-        time.sleep(0.002)
+        assert time.monotonic() < end, f"nothing happened in {PATIENCE} s\n{log_of(folder)[-4000:]}"
+        time.sleep(pause)
 
 
 def errors_of(text):
@@ -108,178 +125,208 @@ def outcome(folder):
     return (folder / "encoder" / "model.safetensors").read_bytes(), json.dumps(rows)
 
 
-def kill_and_resume(folder, kills, *flags, seed=0, **kwargs):
-    """Kill a run `kills` times at random moments, every other time inside a save; the saves that a kill cut short."""
-    random.seed(seed)
-    inside = 0
-    for kill in range(kills):
-        with started(folder, "--resume", *flags, **kwargs) as process:
+@pytest.fixture(scope="session")
+def once(tmp_path_factory):
+    """`once(name, make)`: the folder that `make(folder)` filled, one for all tests and the processes they run in."""
+    base = tmp_path_factory.getbasetemp()
+    base = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "shared"
+    base.mkdir(exist_ok=True)
+
+    def get(name, make):
+        with open(base / f"{name}.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not (base / f"{name}.made").exists():
+                make(base / name)
+                (base / f"{name}.made").touch()
+        return base / name
+
+    return get
+
+
+@pytest.fixture
+def uninterrupted(once):
+    """What a launch of that kind comes to when nothing stops it."""
+    return lambda kind: outcome(once(kind, lambda folder: run(folder, **LAUNCHES[kind])))
+
+
+def stop(folder):
+    with started(folder) as process:
+        wait_until(lambda: last_step(folder) >= 15, process, folder)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(PATIENCE) == 143
+
+
+@pytest.fixture
+def stopped(once, tmp_path):
+    """A copy of a run that SIGTERM stopped on its way."""
+    original = once("stopped", stop)
+    shutil.copy(f"{original}.log", tmp_path / "run.log")
+    return Path(shutil.copytree(original, tmp_path / "run"))
+
+
+@pytest.fixture
+def in_process(monkeypatch):
+    """`in_process(folder, *flags)`: the run, or its error, without the seconds of a new process."""
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield lambda folder, *flags: pretrain(parse(PretrainConfig, [*SETTINGS, "--output_dir", str(folder), *flags]))
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+# Killed
+
+
+@pytest.mark.parametrize("kind", LAUNCHES)
+def test_soak_of_kills_ends_in_the_same_bits(tmp_path, kind, uninterrupted):
+    """`BYOL_TIMM_KILLS` kills of one run, by turns at a random moment and inside a save."""
+    folder, inside, lives = tmp_path / "run", 0, 0
+    random.seed(kind)
+    while lives < KILLS or not inside:
+        assert lives < KILLS + 5, "no kill fell into a save"
+        with started(folder, "--resume", **LAUNCHES[kind]) as process:
             before = last_step(folder)
             wait_until(lambda before=before: last_step(folder) != before, process, folder)
-            if kill % 2:
-                wait_until(lambda: any((folder / "checkpoints").glob(".tmp-step-*")), process, folder)
+            if lives % 2:
+                wait_until(lambda: is_saving(folder), process, folder, pause=0.001)
             else:
-                time.sleep(random.uniform(0, 0.5))
+                time.sleep(random.uniform(0, 0.3))
             assert process.poll() is None, "the run was over before it was killed: give it more steps"
-        inside += any((folder / "checkpoints").glob(".tmp-step-*"))
-    run(folder, "--resume", *flags, **kwargs)
-    return inside
+        lives, inside = lives + 1, inside + is_saving(folder)
+    run(folder, "--resume", **LAUNCHES[kind])
+    assert outcome(folder) == uninterrupted(kind)
+    print(f"{kind}: {lives} kills, {inside} inside a save, {last_step(folder)} steps, same bits")
 
 
-@pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("uninterrupted") / "run"
-    run(folder)
-    return outcome(folder)
+# Asked to stop
 
 
-@pytest.mark.slow
-def test_same_seed_same_bits(tmp_path, uninterrupted):
-    run(tmp_path / "run")
-    assert outcome(tmp_path / "run") == uninterrupted
+def test_sigterm_and_ctrl_c_stop_at_the_next_step_with_a_checkpoint_and_lose_nothing(stopped, uninterrupted):
+    def assert_stopped_with_a_checkpoint():
+        assert f"stopped at step {last_step(stopped)}. Continue with --resume" in one_error(log_of(stopped))
+        assert load_latest(stopped / "checkpoints").step == last_step(stopped)
+
+    assert_stopped_with_a_checkpoint()
+    before = last_step(stopped)
+    with started(stopped, "--resume") as process:
+        wait_until(lambda: last_step(stopped) >= before + 3, process, stopped)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(PATIENCE) == 130
+    assert_stopped_with_a_checkpoint()
+    run(stopped, "--resume")
+    assert outcome(stopped) == uninterrupted("one process")
 
 
-@pytest.mark.slow
-def test_a_run_that_was_killed_and_resumed_ends_in_the_same_bits(tmp_path, uninterrupted):
-    inside = kill_and_resume(tmp_path / "run", 4)
-    assert outcome(tmp_path / "run") == uninterrupted
-    assert inside > 0
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", ["one process", "two processes", "accumulation"])
-def test_soak(tmp_path, kind):
-    """`BYOL_TIMM_KILLS` kills of a run long enough for them."""
-    flags = ["--epochs", str(4 + 2 * KILLS)]
-    options = {"one process": {}, "two processes": dict(processes=2), "accumulation": {}}[kind]
-    if kind == "accumulation":
-        options["env"] = {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "2"}
-        flags = ["--epochs", str(4 + 4 * KILLS)]
-    run(tmp_path / "uninterrupted", *flags, **options)
-    inside = kill_and_resume(tmp_path / "run", KILLS, *flags, **options)
-    assert outcome(tmp_path / "run") == outcome(tmp_path / "uninterrupted")
-    print(f"{kind}: {KILLS} kills, {inside} inside a save, {last_step(tmp_path / 'run')} steps, same bits")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_stops_at_the_next_step_with_a_checkpoint_and_loses_nothing(tmp_path, number, code, uninterrupted):
-    folder = tmp_path / "run"
-    with started(folder) as process:
-        wait_until(lambda: last_step(folder) >= 10, process, folder)
-        process.send_signal(number)
-        assert process.wait(60) == code
-    step = last_step(folder)
-    assert f"stopped at step {step}. Continue with --resume" in one_error(log_of(folder))
-    assert load_latest(folder / "checkpoints").step == step
-    run(folder, "--resume")
-    assert outcome(folder) == uninterrupted
-
-
-@pytest.mark.slow
-def test_one_signalled_process_of_two_stops_both_at_the_same_step(tmp_path):
-    run(tmp_path / "uninterrupted", processes=2)
-    folder = tmp_path / "run"
-    with started(folder, processes=2) as process:
+def test_one_signalled_process_of_two_stops_both_at_the_same_step(tmp_path, uninterrupted):
+    folder, two = tmp_path / "run", LAUNCHES["two processes"]
+    with started(folder, **two) as process:
         wait_until(lambda: last_step(folder) >= 10, process, folder)
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
         [second] = [int(child) for child in children if b"\0RANK=1\0" in Path(f"/proc/{child}/environ").read_bytes()]
         os.kill(second, signal.SIGTERM)
-        assert process.wait(90) != 0
-    assert load_latest(folder / "checkpoints").step == last_step(folder)
+        assert process.wait(PATIENCE) != 0
+    step = last_step(folder)
+    assert load_latest(folder / "checkpoints").step == step
     assert len(errors_of(log_of(folder))) == 1
-    run(folder, "--resume", processes=2)
-    assert outcome(folder) == outcome(tmp_path / "uninterrupted")
+
+    # One process goes on where it can make the same global batch, and says so where it does not.
+    alone = shutil.copytree(folder, tmp_path / "alone")
+    error = one_error(run(alone, "--resume", "--batch_size", 16, code=2))
+    assert (
+        f"checkpoint step-{step} was made with a global batch of 32, this launch has 16. Change --batch_size" in error
+    )
+    run(alone, "--resume")
+    assert [row["step"] for row in read_metrics(alone / "metrics.jsonl") if "loss" in row] == list(range(1, 89))
+
+    run(folder, "--resume", **two)
+    assert outcome(folder) == uninterrupted("two processes")
 
 
-@pytest.mark.slow
 def test_the_launchers_death_ends_the_run_with_a_checkpoint(tmp_path):
     folder = tmp_path / "run"
-    prefix = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1"]
-    launch = [*prefix, *command(folder)[1:]]
-    with open(f"{folder}.log", "w") as log:
-        process = subprocess.Popen(launch, stdout=log, stderr=log, env=environment(), start_new_session=True)
-        wait_until(lambda: last_step(folder) >= 10, process, folder)
+    launcher = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1"]
+    with started(folder, "--epochs", 1000, launcher=launcher) as process:
+        wait_until(lambda: last_step(folder) >= 3, process, folder)
         process.terminate()
-        process.wait(30)
-    end = time.monotonic() + 60
-    while time.monotonic() < end and "stopped at step" not in log_of(folder):
-        time.sleep(0.05)
+        process.wait(PATIENCE)
+        end = time.monotonic() + PATIENCE
+        while time.monotonic() < end and "stopped at step" not in log_of(folder):
+            time.sleep(0.05)
     assert "the launcher died, stopped at step" in one_error(log_of(folder))
     assert load_latest(folder / "checkpoints").step == last_step(folder)
 
 
-@pytest.mark.slow
-def test_max_time_stops_with_a_checkpoint(tmp_path, uninterrupted):
+def test_max_time_stops_with_a_checkpoint(tmp_path):
     folder = tmp_path / "run"
-    stderr = run(folder, "--max_time", "0.1", "--epochs", "2000", code=142)
+    stderr = run(folder, "--max_time", "0.05", "--epochs", "1000", code=142)
     assert "--max_time is up, stopped at step" in one_error(stderr)
     assert load_latest(folder / "checkpoints").step == last_step(folder)
 
 
-@pytest.mark.slow
+# Disks, folders, checkpoints
+
+
+def can_mount():
+    probe = ["unshare", "--mount", "sh", "-c", "mount -t tmpfs tmpfs /mnt"]
+    return os.geteuid() == 0 and shutil.which("unshare") and subprocess.run(probe, capture_output=True).returncode == 0
+
+
 def test_a_full_disk_is_one_line_and_leaves_a_good_checkpoint(tmp_path):
-    mount = ["unshare", "--mount", "sh", "-c"]
-    probe = [*mount, "mount -t tmpfs tmpfs /mnt"]
-    if os.geteuid() != 0 or not shutil.which("unshare") or subprocess.run(probe, capture_output=True).returncode:
+    if not can_mount():
         pytest.skip("mounting a small disk takes root")
     folder, kept = tmp_path / "run", tmp_path / "kept"
     folder.mkdir()
-    script = (
-        f'mount -t tmpfs -o size=24m tmpfs "{folder}" && shift && "$@"; code=$?; '
-        f'cp -r "{folder}/checkpoints" "{kept}"; exit $code'
-    )
-    stderr = run(folder, "--save_every", "3", code=2, prefix=[*mount, script, "sh", "sh"])
-    error = one_error(stderr)
+    mount = f'mount -t tmpfs -o size=12m tmpfs "{folder}"'
+    script = f'{mount} && "$@"; code=$?; cp -r "{folder}/checkpoints" "{kept}"; exit $code'
+    stderr = run(folder, "--save_every", 3, code=2, prefix=["unshare", "--mount", "sh", "-c", script, "sh"])
     pattern = (
         r"disk full while saving step (\d+) \(needs [\d.]+ MB, [\d.]+ free in .*\); last good checkpoint: step-(\d+)"
     )
-    step, good = map(int, re.search(pattern, error).groups())
+    step, good = map(int, re.search(pattern, one_error(stderr)).groups())
     assert good < step
     assert load_latest(kept).step == good
 
 
-@pytest.mark.slow
-def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_used(tmp_path, uninterrupted):
-    folder = tmp_path / "run"
-    with started(folder) as process:
-        wait_until(lambda: last_step(folder) >= 30, process, folder)
-        process.send_signal(signal.SIGTERM)
-        process.wait(60)
-    newest = load_latest(folder / "checkpoints").path
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_used(stopped, uninterrupted):
+    newest = load_latest(stopped / "checkpoints").path
     data = bytearray((newest / "byol.safetensors").read_bytes())
     data[len(data) // 2] ^= 1
     (newest / "byol.safetensors").write_bytes(data)
-    with started(folder, "--resume") as process:
-        process.wait(120)
-    assert f"{newest.name}: byol.safetensors has other contents than were saved" in log_of(folder)
-    assert outcome(folder) == uninterrupted
+    with started(stopped, "--resume") as process:
+        assert process.wait(PATIENCE) == 0
+    assert f"{newest.name}: byol.safetensors has other contents than were saved" in log_of(stopped)
+    assert outcome(stopped) == uninterrupted("one process")
 
 
-@pytest.mark.slow
-def test_resuming_with_another_backbone_is_refused(tmp_path):
-    folder = tmp_path / "run"
-    with started(folder) as process:
-        wait_until(lambda: any((folder / "checkpoints").glob("step-*")), process, folder)
-    error = one_error(run(folder, "--resume", "--backbone", "test_vit", code=2))
-    assert re.search(
+def test_resuming_with_another_backbone_is_refused(stopped, in_process):
+    message = (
         r"checkpoint step-\d+ was made with backbone test_resnet, you asked for test_vit\. "
-        r"Use another --output_dir or --backbone test_resnet",
-        error,
+        r"Use another --output_dir or --backbone test_resnet"
     )
+    with pytest.raises(ByolTimmError, match=message):
+        in_process(stopped, "--resume", "--backbone", "test_vit")
 
 
-@pytest.mark.slow
-def test_two_runs_do_not_share_a_folder(tmp_path):
+def test_two_runs_do_not_share_a_folder(tmp_path, in_process):
     folder = tmp_path / "run"
-    with started(folder) as process:
+    with started(folder, "--epochs", 1000) as process:
         wait_until(lambda: last_step(folder) >= 1, process, folder)
-        assert "is not empty. Continue with --resume" in one_error(run(folder, code=2))
+        with pytest.raises(ByolTimmError, match=r"is not empty\. Continue with --resume"):
+            in_process(folder)
         for flag in ("--resume", "--overwrite"):
-            assert f"is in use by process {process.pid} on " in one_error(run(folder, flag, code=2))
+            with pytest.raises(ByolTimmError, match=f"is in use by process {process.pid} on "):
+                in_process(folder, flag)
+        assert process.poll() is None
 
 
-@pytest.mark.slow
+def test_odd_folder_names_in_a_plain_locale(tmp_path):
+    folder = tmp_path / "naïve ☃ 猫"
+    run(folder, "--epochs", "1", env=dict(LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0"))
+    assert (folder / "encoder" / "model.safetensors").exists()
+
+
+# Machines and numbers
+
+
 def test_processes_that_do_not_see_each_other_are_refused(tmp_path):
     env = dict(
         ACCELERATE_USE_CPU=None, WORLD_SIZE="2", RANK="0", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="1"
@@ -288,19 +335,23 @@ def test_processes_that_do_not_see_each_other_are_refused(tmp_path):
     assert "ACCELERATE_USE_CPU=true" in error
 
 
-@pytest.mark.slow
-def test_a_loss_that_is_no_number_stops_the_run_with_what_is_known(tmp_path):
+def test_a_killed_data_worker_ends_the_run_with_a_checkpoint_and_exit_code_1(tmp_path):
     folder = tmp_path / "run"
-    error = one_error(run(folder, "--opt", "sgd", "--lr", "1e30", "--warmup_epochs", "0", code=2))
-    assert re.search(r"loss|gradient", error)
+    with started(folder, "--epochs", 1000, "--memory_limit", 0, "--workers", 1) as process:
+        wait_until(lambda: last_step(folder) >= 3, process, folder)
+        [worker] = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        os.kill(int(worker), signal.SIGKILL)
+        assert process.wait(PATIENCE) == 1
+    assert re.search(r"data loading worker \(pid.*\) .*retry with --workers 0", one_error(log_of(folder)))
+    assert load_latest(folder / "checkpoints").step == last_step(folder)
+
+
+def test_a_loss_that_is_no_number_stops_the_run_with_what_is_known(tmp_path, in_process):
+    folder = tmp_path / "run"
+    with pytest.raises(ByolTimmError, match=r"loss or gradient is not finite at step \d+ .*Lower --lr"):
+        in_process(folder, "--opt", "sgd", "--lr", "1e30", "--warmup_epochs", "0")
     [debug] = (folder / "debug").glob("step-*.json")
     facts = json.loads(debug.read_text())
-    assert {"step", "lr", "loss"} <= facts.keys()
+    assert facts.keys() == {"step", "lr", "loss", "grad_norm", "images"}
     assert facts["lr"] > 1e20
-
-
-@pytest.mark.slow
-def test_odd_folder_names_in_a_plain_locale(tmp_path):
-    folder = tmp_path / "naïve ☃ 猫"
-    run(folder, "--epochs", "1", env=dict(LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0"))
-    assert (folder / "encoder" / "model.safetensors").exists()
+    assert len(facts["images"]) == 32 and re.fullmatch(r"image \d+", facts["images"][0])

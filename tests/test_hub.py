@@ -1,5 +1,4 @@
 import base64
-import hashlib
 import json
 import os
 import pickle
@@ -13,9 +12,11 @@ import torch
 import torchvision
 from hub_client import Client, Failed
 from loopback_hub import LoopbackHub
+from pictures import photo
 from safetensors.torch import load_file, save_file
 
 from byol_timm.card import CARD_END, CARD_START, merge_cards, model_card, redact
+from byol_timm.checkpoint import load_checkpoint, load_latest, save_checkpoint
 from byol_timm.errors import ByolTimmError
 from byol_timm.hub import check_encoder_folder, files_to_push, register, save_encoder
 
@@ -297,13 +298,9 @@ def test_what_would_be_pushed_is_a_fixed_list(tmp_path):
     for name in ("curves.png", "secret.txt", "model.pkl"):
         (run / name).write_bytes(b"x")
         (run / "encoder" / name).write_bytes(b"x")
-    state = run / "checkpoints" / "step-1"
-    state.mkdir(parents=True)
-    save_file({"w": torch.ones(1)}, state / "byol.safetensors")
-    text = json.dumps({"config": {"output_dir": "/data/alice/run"}})
-    (state / "state.json").write_text(text)
-    entry = {"bytes": len(text), "sha256": hashlib.sha256(text.encode()).hexdigest()}
-    (state / "manifest.json").write_text(json.dumps({"format": 1, "files": {"state.json": entry}}))
+    state = save_checkpoint(
+        run / "checkpoints", 1, {"byol": {"w": torch.ones(1)}}, {"config": {"output_dir": "/data/alice/run"}}
+    )
     files = files_to_push(run, "user/name", training_state=state)
     assert set(files) == {
         "config.json", "model.safetensors", "README.md", "byol.json", "curves.png", "training_state/byol.safetensors",
@@ -311,8 +308,9 @@ def test_what_would_be_pushed_is_a_fixed_list(tmp_path):
     }  # fmt: skip
     pushed = files["training_state/state.json"]
     assert b"alice" not in pushed and b"alice" not in files["byol.json"]
-    manifest = json.loads(files["training_state/manifest.json"])
-    assert manifest["files"]["state.json"] == {"bytes": len(pushed), "sha256": hashlib.sha256(pushed).hexdigest()}
+    for name in ("manifest.json", "state.json"):
+        (state / name).write_bytes(files[f"training_state/{name}"])
+    assert load_checkpoint(state, {"byol"}).state == {"config": {"output_dir": ".../run"}}
     (state / "optimizer.pt").write_bytes(pickle.dumps(1))
     with pytest.raises(ByolTimmError, match="neither safetensors nor JSON"):
         files_to_push(run, "user/name", training_state=state)
@@ -326,16 +324,19 @@ def test_what_would_be_pushed_is_a_fixed_list(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def hub():
+def hub(tmp_path_factory):
     with LoopbackHub() as hub:
         hub.tokens = {TOKEN: ("tester", "write"), READER: ("tester", "read"), STRANGER: ("somebody", "write")}
         yield hub
+    assert TOKEN in {request[3] for request in hub.log}
+    assert_no_token([*pushed(hub), *written(tmp_path_factory.getbasetemp())])
 
 
 @pytest.fixture(scope="module")
 def client(hub, tmp_path_factory):
     with Client(tmp_path_factory.mktemp("client"), hub.url, HF_TOKEN=TOKEN) as client:
         yield client
+    assert_no_token([client.output.encode()])
 
 
 @pytest.fixture(scope="module")
@@ -343,6 +344,20 @@ def stranger(hub, tmp_path_factory):
     """Somebody with timm and a token for the private repositories, and without byol_timm."""
     with Client(tmp_path_factory.mktemp("stranger"), hub.url, byol_timm=False, HF_TOKEN=TOKEN) as stranger:
         yield stranger
+
+
+def pushed(hub):
+    repositories = hub.repositories.items()
+    return [data for name, known in repositories for ref in known["refs"] for data in hub.files(name, ref).values()]
+
+
+def written(folder):
+    return [path.read_bytes() for path in folder.rglob("*") if path.is_file()]
+
+
+def assert_no_token(texts):
+    for token in (TOKEN, READER, STRANGER):
+        assert not any(token.encode() in text for text in texts)
 
 
 @pytest.fixture(autouse=True)
@@ -383,46 +398,100 @@ def assert_one_line(failed, *texts, exit_code=2):
         assert text in failed.value.text
 
 
-def test_whoever_has_timm_alone_gets_the_same_features_from_the_hub(hub, client, stranger, tmp_path):
+PRETRAIN = """
+import logging, sys
+from byol_timm import PretrainConfig, pretrain
+logging.basicConfig(level=logging.INFO, stream=sys.stdout, force=True)
+settings = dict(hidden_dim=32, projection_dim=16, epochs=1, batch_size=8, workers=0, license="mit")
+encoder = pretrain(PretrainConfig(**{**settings, **eval(changes)}))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ENCODERS)
+def test_whoever_has_timm_alone_gets_the_features_of_a_run_from_the_hub(name, hub, client, stranger, tmp_path):
     with pytest.raises(Failed, match="no byol_timm here"):
         stranger.run("import byol_timm")
-    for name, kwargs in ENCODERS.items():
-        torch.save(torch.rand(2, kwargs.get("in_chans", 3), 64, 64), tmp_path / "images.pt")
-        code = """
-        import timm, torch
-        from pathlib import Path
-        from byol_timm import hub
-        torch.manual_seed(1)
-        folder, images = Path(folder), torch.load(Path(folder) / "images.pt")
-        encoder = timm.create_model(name.rstrip("2"), num_classes=0, **eval(kwargs))
-        encoder(torch.rand_like(images))
-        hub.save_encoder(encoder, folder / name, image_size=64, mean=[0.5], std=[0.5], tag="byol_x")
-        torch.save(encoder.eval()(images), folder / "features.pt")
-        result = hub.push_encoder(folder / name, f"tester/{name}")
-        """
-        assert client.run(code, folder=tmp_path, name=name, kwargs=kwargs) == f"{hub.url}/tester/{name}"
-        code = """
-        import timm, torch
-        from pathlib import Path
-        images, features = (torch.load(Path(folder) / file) for file in ("images.pt", "features.pt"))
-        load = lambda **kwargs: timm.create_model(f"hf-hub:tester/{name}", pretrained=True, **kwargs).eval()
-        encoder, classifier, pyramid = load(), load(num_classes=37), load(features_only=True)
-        other = 3 if images.shape[1] == 1 else 1
-        result = [
-            torch.equal(encoder(images), features),
-            torch.equal(classifier.forward_head(classifier.forward_features(images), pre_logits=True), features),
-            list(classifier(images).shape),
-            all(torch.isfinite(level).all().item() for level in pyramid(images)),
-            list(load(in_chans=other)(torch.rand(1, other, 64, 64)).shape),
-        ]
-        """
-        width = timm.create_model(name.rstrip("2"), num_classes=0).head_hidden_size
-        assert stranger.run(code, folder=tmp_path, name=name) == [True, True, [2, 37], True, [1, width]], name
-        assert hub.repositories[f"tester/{name}"]["private"]
-        assert hub.messages(f"tester/{name}") == ["initial commit", f"{name.rstrip('2')} pretrained with BYOL"]
-        assert set(hub.files(f"tester/{name}")) == {
-            ".gitattributes", "config.json", "model.safetensors", "README.md", "byol.json"
-        }  # fmt: skip
+    kwargs, architecture = dict(ENCODERS[name]), name.rstrip("2")
+    channels = kwargs.pop("in_chans", 3)
+    for place in range(24):
+        path = tmp_path / "images" / "ab"[place % 2] / f"{place}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        photo(48 + place, 64).save(path)
+    torch.save(torch.rand(2, channels, 64, 64), tmp_path / "images.pt")
+    changes = dict(
+        backbone=architecture, image_size=64, in_chans=channels, dataset=str(tmp_path / "images"),
+        output_dir=str(tmp_path / "run"), push_to_hub=f"tester/{name}",
+    )  # fmt: skip
+    code = (
+        PRETRAIN
+        + """
+import torch
+from byol_timm import create_encoder
+images = torch.load(f"{folder}/images.pt")
+features = encoder.to(memory_format=torch.contiguous_format)(images)
+torch.save(features, f"{folder}/features.pt")
+again = create_encoder("hf-hub:" + eval(changes)["push_to_hub"], image_size=64, in_chans=images.shape[1]).eval()
+result = torch.equal(again(images), features)
+"""
+    )
+    assert client.run(code, folder=tmp_path, changes=changes)
+    code = """
+    import timm, torch
+    from pathlib import Path
+    images, features = (torch.load(Path(folder) / file) for file in ("images.pt", "features.pt"))
+    load = lambda **kwargs: timm.create_model(f"hf-hub:tester/{name}", pretrained=True, **kwargs).eval()
+    encoder, classifier, pyramid = load(), load(num_classes=37), load(features_only=True)
+    other = 3 if images.shape[1] == 1 else 1
+    result = [
+        torch.equal(encoder(images), features),
+        torch.equal(classifier.forward_head(classifier.forward_features(images), pre_logits=True), features),
+        list(classifier(images).shape),
+        all(torch.isfinite(level).all().item() for level in pyramid(images)),
+        list(load(in_chans=other)(torch.rand(1, other, 64, 64)).shape),
+    ]
+    """
+    width = timm.create_model(architecture, num_classes=0).head_hidden_size
+    assert stranger.run(code, folder=tmp_path, name=name) == [True, True, [2, 37], True, [1, width]]
+    assert hub.repositories[f"tester/{name}"]["private"]
+    assert hub.messages(f"tester/{name}") == ["initial commit", f"{architecture} pretrained with BYOL"]
+    assert set(hub.files(f"tester/{name}")) == {
+        ".gitattributes", "config.json", "model.safetensors", "README.md", "byol.json", "curves.png", "embedding.png"
+    }  # fmt: skip
+
+
+@pytest.mark.slow
+def test_a_run_with_a_token_leaves_it_nowhere_and_somebody_else_continues_it(hub, client, tmp_path):
+    run = tmp_path / "run"
+    settings = dict(backbone="test_resnet", image_size=32, batch_size=256)
+    changes = dict(settings, output_dir=str(run), push_to_hub="tester/continued", push_training_state=True)
+    client.run(PRETRAIN, changes=changes)
+    assert len(written(run)) > 10 and "pushed to" in client.output
+    assert_no_token([*written(run), *pushed(hub), client.output.encode()])
+    files = hub.files("tester/continued")
+    card, record = files["README.md"].decode(), json.loads(files["byol.json"])
+    for text in (
+        "license: mit",
+        "name: 20-NN top-1",
+        "![Training curves]",
+        "![Map of the representation]",
+        "commit | ",
+    ):
+        assert text in card, text
+    assert len(record["commit"].rstrip("+")) == 40 and str(tmp_path) not in files["byol.json"].decode()
+
+    source = "hf-hub:tester/continued"
+    changes = dict(settings, backbone=source, training_state=source, hidden_dim=None, lr=0.0, target_decay=1.0)
+    client.run(PRETRAIN, changes=dict(changes, opt="sgd", output_dir=str(tmp_path / "more")))
+    before, after = (load_latest(folder / "checkpoints").tensors["byol"] for folder in (run, tmp_path / "more"))
+    kept = [name for name in before if not name.endswith(("running_mean", "running_var", "num_batches_tracked"))]
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in kept)
+    assert "base_model: tester/continued" in (tmp_path / "more" / "encoder" / "README.md").read_text()
+
+    push(client, run, "tester/without")
+    with pytest.raises(Failed) as failed:
+        client.run(PRETRAIN, changes=dict(changes, training_state="hf-hub:tester/without"))
+    assert_one_line(failed, "has no training_state/manifest.json: it was pushed without its training state")
 
 
 def test_revisions_other_sizes_and_registered_tags_come_from_the_hub(hub, client, stranger, tmp_path):
@@ -681,19 +750,3 @@ def test_the_recipe_prints_what_it_would_push_then_pushes(hub, client, tmp_path)
     hub.faults[:] = [["POST", "/api/repos/create", 503, 99]]
     status, _, err = recipe("tester/recipe2")
     assert status == 3 and err.startswith("byol_timm: error: the Hub answered 503") and err.count("\n") == 1
-
-
-def test_no_token_is_in_any_file_or_output(hub, client, stranger, tmp_path_factory):
-    """Last: looks through what all tests above left behind."""
-    assert TOKEN in {request[3] for request in hub.log}
-    assert TOKEN not in client.output + stranger.output
-    pushed = [
-        data
-        for name in hub.repositories
-        for ref in hub.repositories[name]["refs"]
-        for data in hub.files(name, ref).values()
-    ]
-    written = [path.read_bytes() for path in tmp_path_factory.getbasetemp().rglob("*") if path.is_file()]
-    assert len(pushed) > 20 and len(written) > 20
-    for token in (TOKEN, READER, STRANGER):
-        assert not any(token.encode() in data for data in pushed + written)

@@ -11,6 +11,7 @@ from byol_timm.augment import AUGMENTATIONS, TwoViews
 from byol_timm.byol import BYOL
 from byol_timm.errors import ByolTimmError
 from byol_timm.metrics import CollapseAlarm, MetricsLog, effective_rank, feature_std, read_metrics
+from byol_timm.optim import create_optimizer
 
 ROW = dict(epoch=0.5, loss=1.25, lr=0.1, target_decay=0.99, feature_std=0.8, effective_rank=30.0, agreement=0.5)
 
@@ -220,26 +221,33 @@ def test_the_warning_is_one_line_with_the_likely_cause(settings, cause):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("backbone", ["test_resnet", "test_convnext"])
+@pytest.mark.parametrize(
+    "backbone, opt, lr",
+    [
+        ("test_resnet", "sgd", 0.1),
+        ("test_efficientnet", "sgd", 0.1),
+        ("test_convnext", "sgd", 0.1),
+        ("test_vit", "adamw", 1e-3),
+    ],
+)
 @pytest.mark.parametrize("predictor", [True, False])
-def test_the_alarm_hears_a_missing_predictor_and_nothing_else(backbone, predictor):
+def test_the_alarm_hears_a_missing_predictor_and_nothing_else(backbone, opt, lr, predictor):
     digits = torch.tensor(load_digits().images / 16 * 255, dtype=torch.uint8)[:, None].repeat(1, 3, 1, 1)
     views = TwoViews(AUGMENTATIONS["digits"], 32, seed=0, mean=(0.5,) * 3, std=(0.5,) * 3)
-    byol = BYOL(timm.create_model(backbone, num_classes=0), hidden_dim=128, projection_dim=64)
+    size = dict(img_size=32) if backbone == "test_vit" else {}
+    byol = BYOL(timm.create_model(backbone, num_classes=0, **size), hidden_dim=128, projection_dim=64)
     if not predictor:
         byol.predictor = torch.nn.Identity()
-    optimizer = torch.optim.SGD([p for p in byol.parameters() if p.requires_grad], lr=0.1, momentum=0.9)
+    optimizer = create_optimizer(opt, byol, lr=lr, weight_decay=0.0)
     watch, warnings = alarm(), []
-    projections = []
-    byol.projector.register_forward_hook(lambda module, inputs, output: projections.append(output.detach()))
-    for step in range(60):
+    for step in range(24):
         indices = torch.arange(64 * step, 64 * step + 64)
         out = byol(*views(digits[indices % len(digits)], indices))
         optimizer.zero_grad()
         out["loss"].backward()
         optimizer.step()
         byol.update_target(0.95)
-        if step % 5 == 4:
-            figures = dict(feature_std=feature_std(out["representation"]), projection_std=feature_std(projections[-1]))
-            warnings.append(watch.check({"step": step, **{name: value.item() for name, value in figures.items()}}))
+        if step % 4 == 3:
+            figures = {name: out[name].item() for name in ("feature_std", "projection_std")}
+            warnings.append(watch.check({"step": step, **figures}))
     assert any(warnings) != predictor

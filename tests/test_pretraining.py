@@ -4,6 +4,7 @@ import json
 import math
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -18,12 +19,14 @@ from safetensors.torch import load_file, save_file
 from sklearn.datasets import load_digits
 from torch import nn
 
-from byol_timm import BYOL, PretrainConfig, pretrain, pretraining
+from byol_timm import BYOL, PretrainConfig, monitor, pretrain, pretraining
 from byol_timm.checkpoint import load_latest
 from byol_timm.config import parse
 from byol_timm.errors import ByolTimmError
+from byol_timm.evaluation import extract_features
+from byol_timm.interruption import Interrupted
 from byol_timm.metrics import read_metrics
-from byol_timm.pretraining import Schedule, open_images, train_step
+from byol_timm.pretraining import MAX_SKIPPED_STEPS, Schedule, _mends_itself, open_images, train_step
 
 QUICK = PretrainConfig(
     backbone="test_resnet", image_size=32, epochs=1, batch_size=256, hidden_dim=64, projection_dim=32, knn_every=1
@@ -299,6 +302,69 @@ def test_a_collapsed_run_stops_where_asked(tmp_path):
         pretrain(quick(tmp_path / "run", backbone="test_vit", log_every=1, on_collapse="stop", **same))
 
 
+def test_a_signal_in_the_last_evaluation_is_no_end_of_the_run(run, tmp_path, monkeypatch):
+    calls = []
+
+    def interrupted(*arguments, **settings):
+        calls.append(arguments)
+        if len(calls) == 3:  # bank and queries before training, then the bank after it
+            signal.raise_signal(signal.SIGTERM)
+        return extract_features(*arguments, **settings)
+
+    monkeypatch.setattr(monitor, "extract_features", interrupted)
+    with pytest.raises(Interrupted, match="terminated, stopped at step 5"):
+        pretrain(quick(tmp_path / "run"))
+    assert not (tmp_path / "run" / "results.json").exists()
+    pretrain(quick(tmp_path / "run", resume=True))
+    assert weights(tmp_path / "run") == weights(run[0])
+    results = [json.loads((folder / "results.json").read_text())["results"] for folder in (tmp_path / "run", run[0])]
+    assert results[0] == results[1]
+
+
+def test_images_of_one_pixel_train_with_a_word_about_them(tmp_path, caplog):
+    (tmp_path / "images").mkdir()
+    for index in range(64):
+        size = [(1, 1), (1, 300), (300, 1), (40, 30)][index % 4]
+        Image.new("L", size, 4 * index).resize(size).save(tmp_path / "images" / f"{index}.png")
+    pretrain(quick(tmp_path / "run", dataset=str(tmp_path / "images"), batch_size=16, workers=0))
+    assert "25 % of the images have less than a quarter of the 32 pixels" in caplog.text
+
+
+# Continued from networks that others trained
+
+
+def test_all_networks_start_from_a_training_state(run, tmp_path, caplog):
+    folder, _ = run
+    caplog.set_level("INFO")
+    state = sorted((folder / "checkpoints").glob("step-*"))[-1]
+    # Nothing moves without learning rate, and neither does the target.
+    still = dict(lr=0.0, weight_decay=0.0, target_decay=1.0, hidden_dim=None, opt="sgd")
+    pretrain(quick(tmp_path / "run", training_state=str(state), **still))
+    assert f"all networks start from {state}, step 5" in caplog.text
+    before, after = (load_latest(f / "checkpoints").tensors["byol"] for f in (folder, tmp_path / "run"))
+    statistics = ("running_mean", "running_var", "num_batches_tracked")
+    kept = [name for name in before if not name.endswith(statistics)]
+    assert {name.partition(".")[0] for name in kept} == {
+        "encoder", "projector", "predictor", "target_encoder", "target_projector"
+    }  # fmt: skip
+    assert all(torch.equal(before[name], after[name]) for name in kept)
+    rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert rows[0]["knn"] == read_metrics(folder / "metrics.jsonl")[-1]["knn"]
+
+
+def test_a_training_state_that_does_not_fit_is_refused_in_one_line(run, tmp_path):
+    folder, _ = run
+    state = str(sorted((folder / "checkpoints").glob("step-*"))[-1])
+    for changes, message in [
+        (dict(projection_dim=64), r"made with projection_dim 32, you asked for 64\. Omit .* or --projection_dim 32"),
+        (dict(backbone="test_efficientnet"), "is of test_resnet and does not fit test_efficientnet"),
+        (dict(training_state=str(folder)), r"is no good checkpoint \(manifest\.json is missing\)"),
+    ]:
+        with pytest.raises(ByolTimmError, match=message) as caught:
+            pretrain(quick(tmp_path / "run", **{"training_state": state, **changes}))
+        assert "\n" not in str(caught.value)
+
+
 # Refused before anything is trained
 
 
@@ -306,6 +372,7 @@ def test_a_collapsed_run_stops_where_asked(tmp_path):
     "changes, message",
     [
         (dict(batch_size=2000), r"2000"),
+        (dict(batch_size=1), r"--batch_size must be 2 or more \(1\)"),
         (dict(report_to=("tensorbord",)), "unknown tracker 'tensorbord'"),
         (dict(report_to=("aim",)), "aim needs a package that is not installed"),
         (dict(warmup_epochs=1.0), "--warmup_epochs 1"),
@@ -340,6 +407,38 @@ def test_launches_that_cannot_train_are_refused(tmp_path, monkeypatch, variables
         monkeypatch.setenv(name, value)
     with pytest.raises(ByolTimmError, match=message):
         pretrain(quick(tmp_path / "run"))
+
+
+# Machines at their limits
+
+
+def test_too_little_memory_is_told_in_one_line_with_advice(tmp_path, monkeypatch):
+    class Hungry(timm.models.ResNet):
+        def forward(self, images):
+            raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 20.00 GiB.")
+
+    def create(settings):
+        encoder = timm.create_model("test_resnet", num_classes=0)
+        encoder.__class__ = Hungry
+        return encoder
+
+    monkeypatch.setattr(pretraining, "initial_encoder", create)
+    message = (
+        r"out of memory with 256 images of 32x32 at once \(CUDA out of memory\. Tried .*\)\. Lower --batch_size and"
+    )
+    with pytest.raises(ByolTimmError, match=message) as caught:
+        pretrain(quick(tmp_path / "run", dataset=str(digits_folder(tmp_path / "images", 256, labelled=False))))
+    assert "\n" not in str(caught.value) and "--gradient_accumulation_steps" in str(caught.value)
+
+
+def test_float16_goes_on_while_a_smaller_scale_of_the_loss_can_help():
+    accelerator = Accelerator(cpu=True)
+    good, overflown = torch.tensor(2.0), torch.tensor(torch.inf)
+    answers = [
+        _mends_itself(accelerator, good, skipped) for skipped in (0, 1, MAX_SKIPPED_STEPS, MAX_SKIPPED_STEPS + 1)
+    ]
+    assert answers == [False, True, True, False]
+    assert not _mends_itself(accelerator, overflown, 1)
 
 
 # One step
