@@ -166,7 +166,7 @@ def pretrain(config: PretrainConfig) -> nn.Module:
         # What reads, watches and writes.
         batches = _open_batches(settings, schedule, splits, views.cut, accelerator, step)
         stack.callback(batches.close)
-        two_views = _Prepare(views, accelerator.device, settings.channels_last)
+        two_views = Prepare(views, accelerator.device, settings.channels_last)
         alarm = CollapseAlarm(
             opt=settings.opt,
             lr=settings.lr,
@@ -477,7 +477,7 @@ def _rehearse(
     copied = copy.deepcopy(byol)
     _lay_out(copied, config, accelerator)
     model, optimizer = prepare(accelerator, copied, _create_optimizer(config, copied))
-    two_views = _Prepare(views, accelerator.device, config.channels_last)
+    two_views = Prepare(views, accelerator.device, config.channels_last)
     seconds: list[float] = []
     count = 1
     with contextlib.closing(_open_batches(config, schedule, splits, views.cut, accelerator, 0)) as batches:
@@ -565,7 +565,7 @@ def _read(stream: Iterator[Batch], count: int) -> tuple[list[Batch], ByolTimmErr
         return [], error
 
 
-class _Prepare:
+class Prepare:
     """Views of a batch of images, or of crops, on the device; the memory of the last ones is used again."""
 
     def __init__(self, views: TwoViews, device: torch.device, channels_last: bool) -> None:
