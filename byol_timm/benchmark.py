@@ -40,7 +40,7 @@ from .sources import Images
 Clock = Literal["wall", "cpu"]
 Work = Callable[[], int]
 
-OURS, FLOOR = "byol_timm", "bare backbone"
+OURS, FLOOR, NETWORKS = "byol_timm", "bare backbone", "bare backbone and heads"
 # Images larger than this seldom fit in memory all together.
 IN_MEMORY = 96
 IMPORTS = "import torch, timm, accelerate, datasets"
@@ -220,9 +220,12 @@ def _peer_views(views: Callable[[Any], Any], images: Tensor, *, batches: bool) -
 
 
 def step(workload: Workload, timing: Timing, *, against: Sequence[str] = (), device: torch.device) -> Part:
-    """One optimizer step on given views, against the passes through the bare backbone that no BYOL can do without."""
-    names = [OURS, *(name for name in against if name in STEPS)]
-    candidates = {name: build_step(name, workload, device) for name in (FLOOR, *names)}
+    """One optimizer step on given views, against the passes through the networks that no BYOL can do without.
+
+    They are counted twice: through the backbone alone, and with projector and predictor.
+    """
+    names = (FLOOR, NETWORKS, OURS, *(name for name in against if name in STEPS))
+    candidates = {name: build_step(name, workload, device) for name in names}
     return Part(f"step of {workload}", "images/s", FLOOR, interleaved(candidates, timing))
 
 
@@ -230,14 +233,13 @@ def build_step(name: str, workload: Workload, device: torch.device) -> Work:
     """The named candidate for a step, on views of its own."""
     torch.manual_seed(0)
     encoder = create_encoder(workload.backbone, image_size=workload.image_size).to(device)
-    layout = _layout(encoder) if name in (OURS, FLOOR) else torch.contiguous_format
+    layout = torch.contiguous_format if name in STEPS else _layout(encoder)
     view1, view2 = _given_views(workload, device, layout)
-    if name == FLOOR:
-        take = _floor(encoder.to(memory_format=layout))
-    elif name == OURS:
-        take = _our_step(encoder, workload)
-    else:
+    if name in STEPS:
         take = STEPS[name](encoder, encoder_width(encoder), workload.hidden_dim, workload.image_size)
+    else:
+        byol = BYOL(encoder, hidden_dim=workload.hidden_dim).to(device).to(memory_format=layout)
+        take = _our_step(byol, workload) if name == OURS else _passes(byol, heads=name == NETWORKS)
 
     def work() -> int:
         take(view1, view2)
@@ -246,21 +248,24 @@ def build_step(name: str, workload: Workload, device: torch.device) -> Work:
     return work
 
 
-def _floor(encoder: nn.Module) -> Callable[[Tensor, Tensor], None]:
-    def passes(view1: Tensor, view2: Tensor) -> None:
+def _passes(byol: BYOL, *, heads: bool) -> Callable[[Tensor, Tensor], None]:
+    """Forward and backward passes of both views through the online network, forward passes through the target."""
+    online: nn.Module = nn.Sequential(byol.encoder, byol.projector, byol.predictor) if heads else byol.encoder
+    target: nn.Module = nn.Sequential(byol.target_encoder, byol.target_projector) if heads else byol.target_encoder
+
+    def take(view1: Tensor, view2: Tensor) -> None:
         with torch.no_grad():
-            encoder(view1)
-            encoder(view2)
+            target(view1)
+            target(view2)
         for view in (view1, view2):
-            encoder(view).sum().backward()
-        encoder.zero_grad()
+            online(view).sum().backward()
+        online.zero_grad()
 
-    return passes
+    return take
 
 
-def _our_step(encoder: nn.Module, workload: Workload) -> Callable[[Tensor, Tensor], None]:
+def _our_step(byol: BYOL, workload: Workload) -> Callable[[Tensor, Tensor], None]:
     accelerator = create_accelerator((), Path())
-    byol = BYOL(encoder, hidden_dim=workload.hidden_dim).to(memory_format=_layout(encoder))
     exempt = byol.no_weight_decay()
     optimizer = create_optimizer(workload.optimizer, byol, lr=0.1, weight_decay=1.5e-6, no_weight_decay=exempt)
     model, optimizer = accelerator.prepare(byol, optimizer)
@@ -297,10 +302,12 @@ def loop(
     Besides, the share of its time that the loop waits for images.
     """
     torch.manual_seed(0)
-    encoder = create_encoder(workload.backbone, image_size=workload.image_size).to(device)
-    take = _our_step(encoder, workload)
+    encoder = create_encoder(workload.backbone, image_size=workload.image_size)
+    layout = _layout(encoder)
+    byol = BYOL(encoder, hidden_dim=workload.hidden_dim).to(device).to(memory_format=layout)
+    take = _our_step(byol, workload)
     prepare = Prepare(_two_views(workload), device, channels_last=has_convolutions(encoder))
-    given = _given_views(workload, device, _layout(encoder))
+    given = _given_views(workload, device, layout)
     waited = total = 0.0
     with _batches(images, workload, workers) as batches:
         stream = iter(batches)
