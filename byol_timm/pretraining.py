@@ -126,10 +126,12 @@ def pretrain(config: PretrainConfig) -> nn.Module:
             logger.info(line)
         if accelerator.is_main_process:
             folder.mkdir(parents=True, exist_ok=True)
-            _save_example_views(splits.bank, views, folder / "views.png")
         if settings.dry_run:
+            if accelerator.is_main_process:
+                _save_example_views(splits.bank, views, folder / "views.png")
             _rehearse(settings, schedule, splits, views, byol, optimizer, frozen, accelerator)
-            logger.info("\ndry run: nothing is kept but the views, in %s", folder / "views.png")
+            logger.info("
+dry run: nothing is kept but the views, in %s", folder / "views.png")
             return encoder.eval()
 
         # Where training stands.
@@ -249,6 +251,9 @@ def pretrain(config: PretrainConfig) -> nn.Module:
                     logger.warning(warning)
             if accelerator.is_main_process:
                 log.advance(step)
+                if not (folder / "views.png").exists():
+                    # Not before the first step: to import matplotlib takes longer than many a step.
+                    _save_example_views(splits.bank, views, folder / "views.png")
                 if step % settings.save_every == 0 or step == schedule.total_steps:
                     save()
 

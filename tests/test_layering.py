@@ -33,7 +33,7 @@ OWNERS = {
     "PIL": {"decoding"},
     "huggingface_hub": {"hub", "card"},
     "matplotlib": {"report"},
-    "sklearn": {"benchmark", "sources", "evaluation", "report"},
+    "sklearn": {"benchmark", "evaluation", "report"},
     "tyro": {"config"},
     "yaml": {"config", "card", "report"},
 }
