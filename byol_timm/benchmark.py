@@ -31,7 +31,7 @@ from .data import Batch, TrainingBatches
 from .defaults import has_convolutions
 from .encoder import create_encoder, encoder_width
 from .errors import ByolTimmError
-from .launch import create_accelerator
+from .launch import create_accelerator, prepare
 from .optim import create_optimizer
 from .peers import STEPS, TAKES_BATCHES, VIEWS
 from .pretraining import Prepare, train_step
@@ -268,7 +268,7 @@ def _our_step(byol: BYOL, workload: Workload) -> Callable[[Tensor, Tensor], None
     accelerator = create_accelerator((), Path())
     exempt = byol.no_weight_decay()
     optimizer = create_optimizer(workload.optimizer, byol, lr=0.1, weight_decay=1.5e-6, no_weight_decay=exempt)
-    model, optimizer = accelerator.prepare(byol, optimizer)
+    model, optimizer = prepare(accelerator, byol, optimizer)
 
     def take(view1: Tensor, view2: Tensor) -> None:
         train_step(accelerator, model, optimizer, [(view1, view2)], target_decay=TARGET_DECAY)
@@ -306,7 +306,7 @@ def loop(
     layout = _layout(encoder)
     byol = BYOL(encoder, hidden_dim=workload.hidden_dim).to(device).to(memory_format=layout)
     take = _our_step(byol, workload)
-    prepare = Prepare(_two_views(workload), device, channels_last=has_convolutions(encoder))
+    two_views = Prepare(_two_views(workload), device, channels_last=has_convolutions(encoder))
     given = _given_views(workload, device, layout)
     waited = total = 0.0
     with _batches(images, workload, workers) as batches:
@@ -321,7 +321,7 @@ def loop(
             begin = time.perf_counter()
             batch = next(stream)
             waited += time.perf_counter() - begin
-            take(*prepare(batch))
+            take(*two_views(batch))
             total += time.perf_counter() - begin
             return workload.batch_size
 

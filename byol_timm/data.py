@@ -128,7 +128,7 @@ class TrainingBatches:
     @property
     def ahead(self) -> int:
         """Batches that workers prepare before they are asked for."""
-        return 0 if self.in_memory else PREFETCH * _worker_count(self.workers)
+        return 0 if self.in_memory else PREFETCH * worker_count(self.workers)
 
     def __iter__(self) -> Iterator[Batch]:
         self.close()

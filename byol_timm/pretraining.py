@@ -130,8 +130,7 @@ def pretrain(config: PretrainConfig) -> nn.Module:
             if accelerator.is_main_process:
                 _save_example_views(splits.bank, views, folder / "views.png")
             _rehearse(settings, schedule, splits, views, byol, optimizer, frozen, accelerator)
-            logger.info("
-dry run: nothing is kept but the views, in %s", folder / "views.png")
+            logger.info("\ndry run: nothing is kept but the views, in %s", folder / "views.png")
             return encoder.eval()
 
         # Where training stands.
