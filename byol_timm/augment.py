@@ -180,8 +180,9 @@ class TwoViews:
         channels, height, width = image.shape
         crops = draw_crops(self.augmentation, _uniforms(self.seed, [ordinal], CROP_DRAWS), height, width)
         both = torch.empty(2, channels, self.height, self.width, dtype=torch.uint8)
-        for view, pixels in enumerate(both):
-            pixels.copy_(self._crop(image, crops, view))
+        for view, pixels in enumerate(both.numpy()):
+            # numpy brings channels out of their turns twice as fast as torch does.
+            np.copyto(pixels, self._crop(image, crops, view).numpy())
         return both
 
     @torch.no_grad()

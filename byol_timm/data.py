@@ -125,6 +125,11 @@ class TrainingBatches:
         """Whether all images are held decoded."""
         return self._pixels is not None
 
+    @property
+    def ahead(self) -> int:
+        """Batches that workers prepare before they are asked for."""
+        return 0 if self.in_memory else PREFETCH * worker_count(self.workers)
+
     def __iter__(self) -> Iterator[Batch]:
         self.close()
         self._running = self._from_memory(self._pixels) if self._pixels is not None else self._from_workers()

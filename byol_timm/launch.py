@@ -1,9 +1,11 @@
 """What `accelerate launch` gave the run: checked, and what its processes have to agree on."""
 
 import contextlib
+import ctypes
 import hashlib
 import logging
 import os
+import platform
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -23,6 +25,8 @@ logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 
+# Of glibc's malloc.h: never hand large blocks back one by one; never trim the heap.
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 _ENGINES = {
     "ACCELERATE_USE_FSDP": "FSDP",
     "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
@@ -63,6 +67,7 @@ def create_accelerator(trackers: Sequence[str], folder: Path) -> Accelerator:
             f"{world} processes were started but they do not see each other. On a CPU set ACCELERATE_USE_CPU=true"
         )
     if accelerator.device.type == "cpu":
+        _keep_freed_memory()
         if accelerator.mixed_precision == "fp16":
             raise ByolTimmError("mixed precision fp16 needs a GPU. Use bf16 or no")
         if accelerator.mixed_precision == "bf16" and not torch.cpu._is_avx512_bf16_supported():
@@ -70,6 +75,14 @@ def create_accelerator(trackers: Sequence[str], folder: Path) -> Accelerator:
     elif accelerator.mixed_precision == "bf16" and not torch.cuda.is_bf16_supported():
         raise ByolTimmError("this GPU has no bf16. Use fp16 or no")
     return accelerator
+
+
+def _keep_freed_memory() -> None:
+    """Let glibc keep what activations leave for the next step, instead of asking Linux for zeroed pages every time."""
+    if platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        for option, value in ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, -1)):
+            libc.mallopt(option, value)
 
 
 def _check_trackers(trackers: Sequence[str]) -> None:

@@ -13,6 +13,7 @@ class LARS(torch.optim.Optimizer):
 
     For every parameter p with gradient g, `g += wd p; r = eta |p| / |g|; m = momentum m + r g; p -= lr m`, with r = 1
     where either norm is zero. A group with `adapt=False` gets neither decay nor adaptation: plain momentum SGD.
+    The gradients are used up: after a step they hold what was added to the momentum.
     timm's `Lars` divides by `|g| + wd |p| + eps` instead, and stops adapting at `weight_decay=0`.
     """
 
@@ -40,7 +41,8 @@ class LARS(torch.optim.Optimizer):
                 continue
             grads = [p.grad for p in params]
             if group["adapt"]:
-                grads = list(torch._foreach_add(grads, params, alpha=group["weight_decay"]))
+                # In place: fresh memory for all gradients costs a CPU as much as everything else here.
+                torch._foreach_add_(grads, params, alpha=group["weight_decay"])
                 param_norms = torch.stack(torch._foreach_norm(params))
                 grad_norms = torch.stack(torch._foreach_norm(grads))
                 ratios = torch.where((param_norms > 0) & (grad_norms > 0), group["eta"] * param_norms / grad_norms, 1.0)

@@ -146,8 +146,9 @@ def pretrain(config: PretrainConfig) -> nn.Module:
             )
         if accelerator.is_main_process:
             folder.mkdir(parents=True, exist_ok=True)
-            _save_example_views(splits.bank, views, folder / "views.png")
         if settings.dry_run:
+            if accelerator.is_main_process:
+                _save_example_views(splits.bank, views, folder / "views.png")
             _rehearse(settings, schedule, splits, views, byol, optimizer, frozen, accelerator)
             logger.info("\ndry run: nothing is kept but the views, in %s", folder / "views.png")
             return encoder.eval()
@@ -188,7 +189,7 @@ def pretrain(config: PretrainConfig) -> nn.Module:
         # What reads, watches and writes.
         batches = _open_batches(settings, schedule, splits, views.cut, accelerator, step)
         stack.callback(batches.close)
-        two_views = _Prepare(views, accelerator.device, settings.channels_last)
+        two_views = Prepare(views, accelerator.device, settings.channels_last)
         alarm = CollapseAlarm(
             opt=settings.opt,
             lr=settings.lr,
@@ -272,6 +273,9 @@ def pretrain(config: PretrainConfig) -> nn.Module:
                     logger.warning(warning)
             if accelerator.is_main_process:
                 log.advance(step)
+                if not (folder / "views.png").exists():
+                    # Not before the first step: to import matplotlib takes longer than many a step.
+                    _save_example_views(splits.bank, views, folder / "views.png")
                 if step % settings.save_every == 0 or step == schedule.total_steps:
                     save()
 
@@ -516,7 +520,7 @@ def _rehearse(
     copied = copy.deepcopy(byol)
     _lay_out(copied, config, accelerator)
     model, optimizer = prepare(accelerator, copied, _create_optimizer(config, copied))
-    two_views = _Prepare(views, accelerator.device, config.channels_last)
+    two_views = Prepare(views, accelerator.device, config.channels_last)
     seconds: list[float] = []
     count = 1
     with contextlib.closing(_open_batches(config, schedule, splits, views.cut, accelerator, 0)) as batches:
@@ -638,7 +642,7 @@ def _read(stream: Iterator[Batch], count: int) -> tuple[list[Batch], ByolTimmErr
         return [], error
 
 
-class _Prepare:
+class Prepare:
     """Views of a batch of images, or of crops, on the device; the memory of the last ones is used again."""
 
     def __init__(self, views: TwoViews, device: torch.device, channels_last: bool) -> None:

@@ -297,6 +297,26 @@ def save_bars(
         return _save(figure, path)
 
 
+def save_costs(groups: Mapping[str, Mapping[str, float]], path: str | Path, *, title: str) -> Path:
+    """Costs to compare, shorter is better: a heading per group, and below it a bar for each of its members."""
+    rows = [row for name, costs in groups.items() for row in ((name, None), *costs.items())]
+    highest = max(cost for _, cost in rows if cost is not None)
+    with _figure(8.0, 0.8 + 0.26 * len(rows)) as figure:
+        axes = figure.subplots()
+        for place, (name, cost) in enumerate(rows):
+            if cost is None:
+                axes.text(0, place + 0.1, name, fontweight="bold", va="center")
+            else:
+                axes.barh(place, cost, 0.75, color=BLUE if name.startswith("byol_timm") else QUIET)
+                axes.annotate(f"{name}  {cost:.2f}", (cost, place), (4, 0), textcoords="offset points", va="center")
+        axes.set(ylim=(len(rows) - 0.4, -0.8), xlim=(0, 1.6 * highest))
+        axes.set_yticks([])
+        axes.grid(False)
+        axes.spines["left"].set_visible(False)
+        _title(figure, title)
+        return _save(figure, path)
+
+
 def save_label_efficiency(
     series: Mapping[str, Mapping[float, Sequence[float]]],
     path: str | Path,

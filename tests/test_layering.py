@@ -16,11 +16,12 @@ LAYERS = [
     ["decoding"],
     ["sources"],
     ["config", "augment", "data", "shards", "optim", "checkpoint", "metrics", "interruption", "card", "encoder",
-     "launch"],
+     "launch", "peers"],
     ["byol", "hub", "defaults", "report", "streaming"],
     ["evaluation", "convert", "fidelity"],
     ["summary", "monitor", "extraction"],
     ["pretraining"],
+    ["benchmark"],
     ["comparison"],
     ["__init__", "__main__"],
 ]  # fmt: skip
@@ -32,7 +33,7 @@ OWNERS = {
     "PIL": {"decoding"},
     "huggingface_hub": {"hub", "card"},
     "matplotlib": {"report"},
-    "sklearn": {"sources", "evaluation", "report"},
+    "sklearn": {"benchmark", "evaluation", "report"},
     "tyro": {"config"},
     "yaml": {"config", "card", "report"},
 }

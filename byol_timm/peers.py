@@ -1,0 +1,171 @@
+"""Other packages that make the views and take the steps of BYOL, as their own documentation has it, to measure against.
+
+None of them is needed for anything else; each is imported where it is asked for.
+"""
+
+import copy
+import importlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .errors import ByolTimmError
+
+Views = Callable[[Any], Any]
+Step = Callable[[Tensor, Tensor], None]
+
+
+def check_peers(names: Sequence[str]) -> None:
+    """Raise `ByolTimmError` for a peer that is unknown or cannot be imported."""
+    for name in names:
+        if name not in MODULES:
+            raise ByolTimmError(f"unknown peer {name!r} in --against. Known: {', '.join(MODULES)}")
+        try:
+            importlib.import_module(MODULES[name])
+        except Exception as error:
+            # Of any kind: old packages fail in many ways beside new ones.
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise ByolTimmError(f"--against {name} cannot be imported ({reason}). Run pip install {name}") from error
+
+
+# Two views: of a PIL image, or of float images [B, C, H, W] in 0..1
+
+
+def lightly_views(size: int) -> Views:
+    from lightly.transforms import BYOLTransform
+    from lightly.transforms.byol_transform import BYOLView1Transform, BYOLView2Transform
+
+    return BYOLTransform(BYOLView1Transform(input_size=size), BYOLView2Transform(input_size=size))
+
+
+def torchvision_views(size: int) -> Views:
+    from torchvision.transforms import v2
+
+    def view(blur: float, solarize: float) -> Any:
+        operations = [
+            v2.RandomResizedCrop(size, interpolation=v2.InterpolationMode.BICUBIC),
+            v2.RandomHorizontalFlip(),
+            v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.2, 0.1)], 0.8),
+            v2.RandomGrayscale(0.2),
+            v2.RandomApply([v2.GaussianBlur(_taps(size))], blur),
+            v2.RandomSolarize(128, solarize),
+            v2.ToImage(),
+            v2.ToDtype(torch.float32, scale=True),
+            v2.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+        ]
+        return v2.Compose(operations)
+
+    first, second = view(1.0, 0.0), view(0.1, 0.2)
+    return lambda image: (first(image), second(image))
+
+
+def kornia_views(size: int) -> Views:
+    import kornia.augmentation as kornia
+
+    def view(blur: float, solarize: float) -> nn.Module:
+        taps = _taps(size)
+        mean, std = torch.tensor((0.485, 0.456, 0.406)), torch.tensor((0.229, 0.224, 0.225))
+        return nn.Sequential(
+            kornia.RandomResizedCrop((size, size), resample="BICUBIC"),
+            kornia.RandomHorizontalFlip(),
+            kornia.ColorJitter(0.4, 0.4, 0.2, 0.1, p=0.8),
+            kornia.RandomGrayscale(p=0.2),
+            kornia.RandomGaussianBlur((taps, taps), (0.1, 2.0), p=blur),
+            kornia.RandomSolarize(0.0, 0.0, p=solarize),
+            kornia.Normalize(mean=mean, std=std),
+        )
+
+    first, second = view(1.0, 0.0), view(0.1, 0.2)
+    return lambda images: (first(images), second(images))
+
+
+def _taps(size: int) -> int:
+    """Width of the paper's blur, an odd number of at least 3 pixels."""
+    return max(3, 2 * int(size / 10 / 2) + 1)
+
+
+# One step on two views
+
+
+def lightly_step(encoder: nn.Module, width: int, hidden_dim: int, image_size: int) -> Step:
+    from lightly.loss import NegativeCosineSimilarity
+    from lightly.models.modules import BYOLPredictionHead, BYOLProjectionHead
+    from lightly.models.utils import deactivate_requires_grad, get_weight_decay_parameters, update_momentum
+    from lightly.utils.lars import LARS
+
+    projection, prediction = BYOLProjectionHead(width, hidden_dim), BYOLPredictionHead(256, hidden_dim)
+    online = nn.Sequential(encoder, projection)
+    momentum = copy.deepcopy(online)
+    deactivate_requires_grad(momentum)
+    decayed, plain = get_weight_decay_parameters([encoder, projection, prediction])
+    groups = [{"params": decayed}, {"params": plain, "weight_decay": 0.0}]
+    optimizer = LARS(groups, lr=0.1, momentum=0.9, weight_decay=1.5e-6)
+    criterion = NegativeCosineSimilarity()
+
+    def step(view1: Tensor, view2: Tensor) -> None:
+        update_momentum(online, momentum, m=0.99)
+        first, second = prediction(online(view1)), prediction(online(view2))
+        with torch.no_grad():
+            target1, target2 = momentum(view1), momentum(view2)
+        loss = 0.5 * (criterion(first, target2) + criterion(second, target1))
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def byol_pytorch_step(encoder: nn.Module, width: int, hidden_dim: int, image_size: int) -> Step:
+    from byol_pytorch import BYOL
+
+    class Given(nn.Module):
+        """In place of its augmentations: the views as they come."""
+
+        views: list[Tensor]
+
+        def forward(self, images: Tensor) -> Tensor:
+            return self.views.pop(0)
+
+    given = Given()
+    # It makes its networks in a first pass.
+    given.views = list(torch.randn(2, 2, 3, image_size, image_size))
+    learner = BYOL(
+        encoder,
+        image_size,
+        hidden_layer=-1,
+        projection_hidden_size=hidden_dim,
+        augment_fn=given,
+        augment_fn2=given,
+        use_simplicial_embeddings=False,
+    )
+    optimizer = torch.optim.Adam(learner.parameters(), lr=3e-4)
+
+    def step(view1: Tensor, view2: Tensor) -> None:
+        given.views = [view1, view2]
+        loss = learner(view1)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        learner.update_moving_average()
+
+    return step
+
+
+MODULES = {
+    "lightly": "lightly.transforms",
+    "torchvision": "torchvision.transforms.v2",
+    "kornia": "kornia.augmentation",
+    "byol-pytorch": "byol_pytorch",
+}
+VIEWS: dict[str, Callable[[int], Views]] = {
+    "lightly": lightly_views,
+    "torchvision": torchvision_views,
+    "kornia": kornia_views,
+}
+TAKES_BATCHES = ("kornia",)
+STEPS: dict[str, Callable[[nn.Module, int, int, int], Step]] = {
+    "lightly": lightly_step,
+    "byol-pytorch": byol_pytorch_step,
+}
