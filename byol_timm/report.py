@@ -276,7 +276,10 @@ def save_bars(
     """
     series = list(dict.fromkeys(name for group in groups.values() for name in group))
     width = 0.82 / len(series)
-    with _figure(max(5.0, 1.2 + 0.62 * len(groups) * len(series)), 4.2) as figure:
+    inches = max(5.0, 1.2 + 0.62 * len(groups) * len(series))
+    # A legend's entry is about 0.6 inches and 0.09 for each letter.
+    columns = max(1, min(4, len(series), int(inches / (0.6 + 0.09 * max(map(len, series))))))
+    with _figure(inches, 4.2) as figure:
         axes = figure.subplots()
         for number, (name, color) in enumerate(_colors(series, colors).items()):
             places = [p + (number - (len(series) - 1) / 2) * width for p, g in enumerate(groups.values()) if name in g]
@@ -292,7 +295,7 @@ def save_bars(
         axes.tick_params("x", length=0)
         axes.yaxis.set_major_formatter("{x:.0%}")
         axes.set(ylabel=_accuracy_of(groups), ylim=(0, min(1.1, 1.12 * axes.dataLim.y1) or 1))
-        figure.legend(loc="outside lower center", ncols=min(4, len(series)))
+        figure.legend(loc="outside lower center", ncols=columns)
         _title(figure, title)
         return _save(figure, path)
 

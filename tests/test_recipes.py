@@ -51,15 +51,6 @@ def test_help_of_pretrain_does_not_wait_for_torch():
     assert call([sys.executable, "-c", script], ROOT).returncode == 0
 
 
-def test_python_blocks_of_the_readme_run(tmp_path):
-    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    runnable = [block for block in blocks if "runs/" not in block]
-    assert runnable
-    for block in runnable:
-        result = call([sys.executable, "-c", block], tmp_path, OMP_NUM_THREADS="1")
-        assert result.returncode == 0, f"{block}\n{result.stderr}"
-
-
 def test_evaluations_leave_figures_a_confusion_matrix_and_the_labelled_rows(tmp_path):
     encoder = ["--encoder", "test_resnet", "--image_size", "32", "--in_chans", "1", "--workers", "0"]
     for recipe, files in (("knn", set()), ("linear_probe", {"labelled.json"})):
