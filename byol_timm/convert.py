@@ -245,8 +245,10 @@ def _shapes(network: nn.Module) -> dict[str, torch.Size]:
     return {k: v.shape for k, v in network.state_dict().items() if not k.endswith("num_batches_tracked")}
 
 
-def _load(encoder: nn.Module, tensors: Mapping[str, Tensor], backbone: str, checkpoint: Path) -> None:
+def _load(encoder: Any, tensors: Mapping[str, Tensor], backbone: str, checkpoint: Path) -> None:
     wanted = _shapes(encoder)
+    classifiers = encoder.pretrained_cfg["classifier"]
+    left_out = tuple(f"{name}." for name in ([classifiers] if isinstance(classifiers, str) else classifiers or []))
     for name, shape in wanted.items():
         if name not in tensors:
             raise ByolTimmError(f"{checkpoint} lacks {name} of {backbone}. Name another timm model with --backbone")
@@ -256,7 +258,7 @@ def _load(encoder: nn.Module, tensors: Mapping[str, Tensor], backbone: str, chec
         if not tensors[name].isfinite().all():
             raise ByolTimmError(f"{checkpoint} has weights that are not finite ({name})")
     for name in tensors:
-        if name not in wanted and not name.endswith("num_batches_tracked"):
+        if name not in wanted and not name.startswith(left_out) and not name.endswith("num_batches_tracked"):
             raise ByolTimmError(f"{checkpoint} has {name}, for which timm's {backbone} has no place")
     encoder.load_state_dict(tensors, strict=False)
 

@@ -237,13 +237,16 @@ def test_kill_at_any_moment_of_a_save_leaves_a_whole_checkpoint(tmp_path):
         random.seed(0)
         step, inside = 0, 0
         for _ in range(kills):
+            before = os.listdir(folder)
             child = os.fork()
             if child == 0:
                 while True:
                     step += 1
                     weight = torch.full((100_000,), float(step))
                     save_checkpoint(folder, step, {"byol": {"weight": weight}}, {"at": step})
-            time.sleep(random.uniform(0.002, 0.05))
+            while os.listdir(folder) == before:
+                pass
+            time.sleep(random.uniform(0, 0.05))
             os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)
             inside += any(folder.glob(".tmp-*"))

@@ -195,7 +195,7 @@ REFUSED = [
     (lambda s: s, {"source": "lightly"}, "has no encoder where lightly keeps it"),
     (lambda s: s, {"source": "haiku"}, "no checkpoint of the JAX release"),
     (lambda s: s, {"rotated": True}, "no checkpoint of the JAX release"),
-    (lambda s: s, {"backbone": "resnet50"}, "of resnet50"),
+    (lambda s: s, {"backbone": "resnet50"}, "resnet50 has (64, 64, 1, 1)"),
     (lambda s: s, {"backbone": "resnet81"}, "timm has no backbone 'resnet81'"),
     (lambda s: s, {"backbone": "test_resnet"}, "test_resnet"),
     (lambda s: {**s, "layer9.weight": torch.ones(1)}, {"backbone": "resnet18"}, "timm's resnet18 has no place"),
