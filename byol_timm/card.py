@@ -118,6 +118,8 @@ def redact(value: Any) -> Any:
     if isinstance(value, Path):
         value = str(value)
     if isinstance(value, str):
+        # Names that Python could not decode in the locale of the run, which JSON cannot hold.
+        value = value.encode(errors="surrogateescape").decode(errors="replace")
         if Path(value).is_absolute():
             value = f".../{Path(value).name}"
         value = SECRET_VALUE.sub(REDACTED, value)

@@ -47,12 +47,17 @@ def create_accelerator(trackers: Sequence[str], folder: Path) -> Accelerator:
     trackers that are unknown or not installed.
     """
     for variable, engine in _ENGINES.items():
-        if os.environ.get(variable, "").lower() in ("1", "true", "yes"):
+        if _is_set(variable):
             raise ByolTimmError(f"{engine} splits what BYOL averages; launch with plain multi-GPU instead ({variable})")
     precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if precision == "fp8":
         raise ByolTimmError("mixed precision fp8 is not supported. Use bf16")
     _check_trackers(trackers)
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    unseen = f"{world} processes were started but they do not see each other. On a CPU set ACCELERATE_USE_CPU=true"
+    # Accelerate would wait for the others here, and then train without them.
+    if world > 1 and not torch.accelerator.is_available() and not _is_set("ACCELERATE_USE_CPU"):
+        raise ByolTimmError(unseen)
     accelerator = Accelerator(
         log_with=list(trackers) or None,
         project_dir=str(folder),
@@ -61,11 +66,8 @@ def create_accelerator(trackers: Sequence[str], folder: Path) -> Accelerator:
         # survive those that keep their gradients to themselves, which every step has.
         kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
     )
-    world = int(os.environ.get("WORLD_SIZE", 1))
     if world > 1 and accelerator.num_processes == 1:
-        raise ByolTimmError(
-            f"{world} processes were started but they do not see each other. On a CPU set ACCELERATE_USE_CPU=true"
-        )
+        raise ByolTimmError(unseen)
     if accelerator.device.type == "cpu":
         _keep_freed_memory()
         if accelerator.mixed_precision == "fp16":
@@ -83,6 +85,10 @@ def _keep_freed_memory() -> None:
         libc = ctypes.CDLL(None)
         for option, value in ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, -1)):
             libc.mallopt(option, value)
+
+
+def _is_set(variable: str) -> bool:
+    return os.environ.get(variable, "").lower() in ("1", "true", "yes")
 
 
 def _check_trackers(trackers: Sequence[str]) -> None:
