@@ -15,10 +15,10 @@ from typing import Any, Literal, TypeVar
 
 import yaml
 
+from . import errors
 from .errors import ByolTimmError
 
 Config = TypeVar("Config")
-ALONE_SECONDS = 10.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -245,7 +245,7 @@ def run(main: Callable[[], Any]) -> None:
 
 def _is_alone() -> bool:
     """Whether the first process goes on: had it failed too, the launcher would end this one within that time."""
-    time.sleep(ALONE_SECONDS)
+    time.sleep(errors.ALONE_SECONDS)
     return True
 
 

@@ -10,3 +10,8 @@ class ByolTimmError(ValueError):
     exit_code = 2
     # Whether all processes of a launch stop for it, so that one of them is enough to tell it.
     agreed = False
+
+
+# Seconds after which a process other than the first tells an error of its own: had the first met it too, the launcher
+# would have ended this one by then.
+ALONE_SECONDS = 10.0

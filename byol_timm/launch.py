@@ -6,6 +6,7 @@ import hashlib
 import logging
 import os
 import platform
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,6 +20,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
+from . import errors
 from .errors import ByolTimmError
 
 logger = logging.getLogger(__name__)
@@ -124,6 +126,8 @@ def losing_processes_told() -> Iterator[None]:
         # gloo's errors have no type of their own; every step has a question that goes over gloo, on GPUs too.
         if not isinstance(error, torch.distributed.DistError) and "/gloo/" not in str(error):
             raise
+        # If that one met an error, it tells it only now, and the launcher ends it when this one ends.
+        time.sleep(errors.ALONE_SECONDS + 1)
         raise LostProcess(
             "another process of this run is gone, or its host or the network; the log of that one says why. "
             "Start anew with --resume"

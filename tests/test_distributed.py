@@ -154,8 +154,8 @@ def test_hosts_that_share_no_disk_cannot_resume(tmp_path):
 def test_an_error_of_one_process_alone_is_told_by_it(tmp_path):
     script = TRAIN.replace(
         "encoder = pretrain(parse(PretrainConfig))",
-        "from byol_timm import config\n"
-        "        config.ALONE_SECONDS = 2\n"
+        "from byol_timm import errors\n"
+        "        errors.ALONE_SECONDS = 2\n"
         "        dataset = 'digits' if os.environ['RANK'] == '0' else 'no/such/folder'\n"
         "        encoder = pretrain(parse(PretrainConfig, [*sys.argv[1:], '--dataset', dataset]))",
     )
