@@ -402,6 +402,10 @@ def in_workers(reader: Any, requests: Iterable[Any], workers: int, request_bytes
                 raise
             fault = f"data loading {death[1]}"
             break
+        except (EOFError, OSError):
+            # It was killed while it handed over an answer.
+            fault = "data loading worker exited unexpectedly"
+            break
         waited = 0.0
         yield answer
     # Now that the error of the loader is gone nothing else holds it: this ends the other workers.
