@@ -145,8 +145,6 @@ def check(config: PretrainConfig) -> None:
             f"--memory_limit ({config.memory_limit:g}) is for decoded images and --streaming holds none. "
             "Use --shuffle_buffer"
         )
-    if config.streaming and config.image_share != 1:
-        raise ByolTimmError(f"--image_share ({config.image_share:g}) is not for --streaming. Leave one of them out")
     if config.num_head_layers not in (None, 2, 3):
         raise ByolTimmError(f"--num_head_layers is 2 or 3 ({config.num_head_layers})")
 

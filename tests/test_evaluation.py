@@ -533,7 +533,7 @@ def test_a_folder_of_images_of_many_sizes_one_broken_can_be_learned_from(encoder
 
 def test_what_stands_in_for_a_broken_image_teaches_no_label(folder):
     images = open_dataset(str(folder), in_chans=1).train
-    broken = next(index for index in range(len(images)) if images.describe(index) == "dog/7.png")
+    broken = next(index for index in range(len(images)) if images.describe(index).endswith("dog/7.png"))
     protocol = replace(SHORT, batch_size=len(images))
     _, labels = next(evaluation._augmented(images, PREPARATION, protocol, torch.device("cpu"), 0))
     assert (labels == -1).sum() == 1

@@ -376,7 +376,7 @@ def test_a_training_state_that_does_not_fit_is_refused_in_one_line(run, tmp_path
         (dict(report_to=("tensorbord",)), "unknown tracker 'tensorbord'"),
         (dict(report_to=("aim",)), "aim needs a package that is not installed"),
         (dict(warmup_epochs=1.0), "--warmup_epochs 1"),
-        (dict(image_share=0.5, streaming=True), r"--image_share \(0\.5\) is not for --streaming"),
+        (dict(image_share=0.5, streaming=True), r"--image_share \(0\.5\) needs all images. Leave out --streaming"),
         (dict(image_share=0.0), r"--image_share must lie above 0 and be at most 1 \(0\.0\)"),
         (dict(epochs=-1), r"--epochs must be positive \(-1\)"),
         (dict(target_decay=1.2), r"--target_decay must lie between 0 and 1 \(1\.2\)"),
