@@ -1,27 +1,31 @@
-"""From images to an encoder and what it is worth, in one script that can be pasted into a notebook cell.
+"""From images to an encoder in plain timm, in one process: for a notebook cell or a first look.
 
-    pip install -e . && python recipes/quickstart.py
+    python recipes/quickstart.py
+    python recipes/quickstart.py --backbone convnext_atto --dataset path/to/images
 
-Change BACKBONE to any timm name and DATASET to a folder of your images. It runs on a GPU where there is one.
+It takes the flags of pretrain.py and runs on a GPU where there is one.
 """
 
-from pathlib import Path
-
-import timm
-
-from byol_timm import PretrainConfig, pretrain
-from byol_timm.config import run
-
-BACKBONE, DATASET, FOLDER = "resnet18", "digits", Path("runs/quickstart")
+from byol_timm.config import PretrainConfig, parse, run
 
 
 def main() -> None:
-    pretrain(PretrainConfig(backbone=BACKBONE, dataset=DATASET, output_dir=str(FOLDER), overwrite=True))
+    config = parse(PretrainConfig)
+
+    import timm
+
+    from byol_timm import pretrain
+    from byol_timm.defaults import output_dir
+
+    pretrain(config)
+    if config.dry_run:
+        return
 
     # From here on plain timm: ready to be fine-tuned on ten classes.
-    classifier = timm.create_model(f"local-dir:{FOLDER}/encoder", pretrained=True, num_classes=10)
+    folder = output_dir(config)
+    classifier = timm.create_model(f"local-dir:{folder}/encoder", pretrained=True, num_classes=10)
     print(f"{type(classifier).__name__} with {sum(p.numel() for p in classifier.parameters()):,} parameters")
-    print("look at", *sorted(str(path) for path in FOLDER.glob("*.png")))
+    print("look at", *sorted(str(path) for path in folder.glob("*.png")))
 
 
 if __name__ == "__main__":
