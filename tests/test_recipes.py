@@ -91,7 +91,7 @@ def test_the_readmes_commands_lead_from_images_to_a_probe(tmp_path):
     assert own_data == "accelerate launch recipes/pretrain.py --backbone test_resnet --dataset path/to/images"
     result = call(probe.split(), tmp_path, OMP_NUM_THREADS="1")
     assert result.returncode == 0, result.stderr[-3000:]
-    assert re.search(r"\d\d\.\d %", result.stdout)
+    assert re.search(r"top-1 +\d\d\.\d%", result.stdout)
     result = call([*push.split(), "--dry_run"], tmp_path)
     assert result.returncode == 0, result.stderr[-3000:]
     assert "model.safetensors" in result.stdout
