@@ -10,7 +10,6 @@ import re
 import shlex
 import shutil
 import threading
-import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -113,7 +112,11 @@ def save_encoder(
         raise ByolTimmError(f"{folder} exists and is no encoder folder. Choose another place for the encoder")
     encoder = unwrap_model(encoder)
     _check_is_timm(encoder)
-    partial = folder.with_name(f".{folder.name}-{uuid.uuid4().hex[:8]}")
+    partial, replaced = (folder.with_name(f".tmp-{what}-{folder.name}") for what in ("new", "old"))
+    if replaced.exists() and not folder.exists():
+        replaced.rename(folder)  # a kill came between the two renames
+    for leftover in (partial, replaced):
+        shutil.rmtree(leftover, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
         preparation = dict(mean=tuple(mean), std=tuple(std), interpolation=interpolation, crop_pct=crop_pct)
@@ -131,7 +134,10 @@ def save_encoder(
             local = _text_of(folder / CARD)
             card = _card(partial, shown, repo_id=None, license=license, local=local, remote=None)
         (partial / CARD).write_text(card, encoding="utf-8")
-        _swap(partial, folder)
+        if folder.exists():
+            folder.rename(replaced)
+        partial.rename(folder)
+        shutil.rmtree(replaced, ignore_errors=True)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return folder
@@ -424,16 +430,6 @@ def _check_rebuilds(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
 
 def _shapes(network: nn.Module) -> dict[str, torch.Size]:
     return {name: tensor.shape for name, tensor in network.state_dict().items()}
-
-
-def _swap(partial: Path, folder: Path) -> None:
-    if folder.exists():
-        old = folder.with_name(f".{folder.name}-{uuid.uuid4().hex[:8]}")
-        folder.rename(old)
-        partial.rename(folder)
-        shutil.rmtree(old)
-    else:
-        partial.rename(folder)
 
 
 def _height_and_width(image_size: int | tuple[int, int]) -> tuple[int, int]:

@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import errno
 import hashlib
 import logging
 import os
@@ -16,6 +17,7 @@ from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from accelerate.utils import broadcast_object_list, gather_object
+from safetensors import SafetensorError
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
@@ -156,17 +158,21 @@ def raise_first(accelerator: Accelerator, failure: ByolTimmError | None) -> None
 
 
 @contextlib.contextmanager
-def memory_errors(batch_size: int, image_size: int) -> Iterator[None]:
-    """A device without enough memory as a `ByolTimmError`: a smaller batch would be another training, so ask for it."""
+def exhaustion_told(batch_size: int, image_size: int) -> Iterator[None]:
+    """A `ByolTimmError` for a full disk, and for full memory, where a smaller batch would be another training."""
     try:
         yield
     except torch.OutOfMemoryError as error:
         reason = " ".join(str(error).split())[:120]
         raise ByolTimmError(
             f"out of memory with {batch_size} images of {image_size}x{image_size} at once ({reason}). Lower "
-            "--batch_size and make up for it with accelerate launch --gradient_accumulation_steps, or try "
+            "--batch_size and make up for it with ACCELERATE_GRADIENT_ACCUMULATION_STEPS=N before the command, or try "
             "--grad_checkpointing or accelerate launch --mixed_precision bf16"
         ) from error
+    except (OSError, SafetensorError) as error:
+        if os.strerror(errno.ENOSPC) not in str(error):
+            raise
+        raise ByolTimmError(f"disk full ({' '.join(str(error).split())}). Make room and go on with --resume") from error
 
 
 def check_same(accelerator: Accelerator, what: str, fault: str) -> None:

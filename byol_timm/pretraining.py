@@ -54,8 +54,8 @@ from .launch import (
     average_batch_statistics,
     check_same,
     create_accelerator,
+    exhaustion_told,
     losing_processes_told,
-    memory_errors,
     on_main_process,
     prepare,
     raise_first,
@@ -177,7 +177,7 @@ def pretrain(config: PretrainConfig) -> nn.Module:
         )
 
         # Devices, processes, memory layout.
-        stack.enter_context(memory_errors(settings.batch_size, settings.image_size))
+        stack.enter_context(exhaustion_told(settings.batch_size, settings.image_size))
         _lay_out(byol, settings, accelerator)
         group: Any = None
         if accelerator.num_processes > 1 and accelerator.device.type == "cuda":

@@ -270,20 +270,39 @@ def can_mount():
     return os.geteuid() == 0 and shutil.which("unshare") and subprocess.run(probe, capture_output=True).returncode == 0
 
 
+def on_a_small_disk(folder, size, kept, fill="true"):
+    """What to write before a command so that `folder` is a file system of that size; `kept` is then a copy of it."""
+    folder.mkdir()
+    mount = f'mount -t tmpfs -o size={size} tmpfs "{folder}" && {fill}'
+    script = f'{mount} && "$@"; code=$?; cp -r "{folder}" "{kept}"; exit $code'
+    return ["unshare", "--mount", "sh", "-c", script, "sh"]
+
+
 def test_a_full_disk_is_one_line_and_leaves_a_good_checkpoint(tmp_path):
     if not can_mount():
         pytest.skip("mounting a small disk takes root")
     folder, kept = tmp_path / "run", tmp_path / "kept"
-    folder.mkdir()
-    mount = f'mount -t tmpfs -o size=12m tmpfs "{folder}"'
-    script = f'{mount} && "$@"; code=$?; cp -r "{folder}/checkpoints" "{kept}"; exit $code'
-    stderr = run(folder, "--save_every", 3, code=2, prefix=["unshare", "--mount", "sh", "-c", script, "sh"])
+    stderr = run(folder, "--save_every", 3, code=2, prefix=on_a_small_disk(folder, "12m", kept))
     pattern = (
         r"disk full while saving step (\d+) \(needs [\d.]+ MB, [\d.]+ free in .*\); last good checkpoint: step-(\d+)"
     )
     step, good = map(int, re.search(pattern, one_error(stderr)).groups())
     assert good < step
-    assert load_latest(kept).step == good
+    assert load_latest(kept / "checkpoints").step == good
+
+
+def test_a_disk_that_is_full_at_the_end_is_one_line_and_costs_no_training(tmp_path, once):
+    if not can_mount():
+        pytest.skip("mounting a small disk takes root")
+    folder, kept = tmp_path / "run", tmp_path / "kept"
+    finished = once("one process", lambda made: run(made))
+    checkpoint = load_latest(finished / "checkpoints").path
+    size = sum(file.stat().st_size for file in checkpoint.iterdir()) + 2**19
+    fill = f'cp "{finished}/metrics.jsonl" "{folder}" && mkdir "{folder}/checkpoints"'
+    fill += f' && cp -r "{checkpoint}" "{folder}/checkpoints"'
+    error = one_error(run(folder, "--resume", code=2, prefix=on_a_small_disk(folder, size, kept, fill)))
+    assert re.search(r"disk full \(.*No space left on device.*\)\. Make room and go on with --resume", error)
+    assert load_latest(kept / "checkpoints").path.name == checkpoint.name
 
 
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_used(stopped, uninterrupted):

@@ -2,6 +2,7 @@ import base64
 import json
 import os
 import pickle
+import shutil
 import socket
 import time
 from pathlib import Path
@@ -132,6 +133,21 @@ def test_saving_again_replaces_the_encoder_and_keeps_the_users_words(tmp_path):
     card = (folder / "README.md").read_text()
     assert card.index("My words.") < card.index("99,999") < card.index("More words.")
     assert torch.equal(load(folder).conv1[0].weight, encoder.conv1[0].weight)
+    assert [p.name for p in tmp_path.iterdir()] == ["encoder"]
+
+
+@pytest.mark.parametrize("moment", ["before the renames", "between them", "after them"])
+def test_a_kill_while_saving_costs_no_words_and_leaves_nothing_behind(moment, tmp_path):
+    folder = save(build(), tmp_path / "encoder")
+    (folder / "README.md").write_text("My words.")
+    for what in ("new", "old"):
+        shutil.copytree(folder, tmp_path / f".tmp-{what}-encoder")
+    if moment == "before the renames":
+        shutil.rmtree(tmp_path / ".tmp-old-encoder")
+    elif moment == "between them":
+        shutil.rmtree(folder)
+    save(build(), folder)
+    assert (folder / "README.md").read_text() == "My words."
     assert [p.name for p in tmp_path.iterdir()] == ["encoder"]
 
 

@@ -50,6 +50,8 @@ def test_a_preset_is_settings_with_their_source_their_result_and_their_launch(na
     for label in ("source", "published", "here", "launch"):
         assert re.search(rf"^# {label} ", text, re.MULTILINE), label
     assert "dataset" in yaml.safe_load(text)
+    # Accelerate passes that flag on to DeepSpeed alone and drops it otherwise.
+    assert "--gradient_accumulation_steps" not in text
 
 
 @pytest.mark.parametrize("name", presets())

@@ -428,7 +428,7 @@ def test_too_little_memory_is_told_in_one_line_with_advice(tmp_path, monkeypatch
     )
     with pytest.raises(ByolTimmError, match=message) as caught:
         pretrain(quick(tmp_path / "run", dataset=str(digits_folder(tmp_path / "images", 256, labelled=False))))
-    assert "\n" not in str(caught.value) and "--gradient_accumulation_steps" in str(caught.value)
+    assert "\n" not in str(caught.value) and "ACCELERATE_GRADIENT_ACCUMULATION_STEPS" in str(caught.value)
 
 
 def test_float16_goes_on_while_a_smaller_scale_of_the_loss_can_help():
