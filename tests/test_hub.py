@@ -493,10 +493,12 @@ def test_a_run_with_a_token_leaves_it_nowhere_and_somebody_else_continues_it(hub
         "name: 20-NN top-1",
         "![Training curves]",
         "![Map of the representation]",
-        "commit | ",
     ):
         assert text in card, text
-    assert len(record["commit"].rstrip("+")) == 40 and str(tmp_path) not in files["byol.json"].decode()
+    # Of a clone, but not of an unpacked archive.
+    cloned = (Path(__file__).parents[1] / ".git").exists()
+    assert ("commit | " in card) == cloned and len((record["commit"] or "").rstrip("+")) == 40 * cloned
+    assert str(tmp_path) not in files["byol.json"].decode()
 
     source = "hf-hub:tester/continued"
     changes = dict(settings, backbone=source, training_state=source, hidden_dim=None, lr=0.0, target_decay=1.0)
