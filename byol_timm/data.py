@@ -402,7 +402,7 @@ def in_workers(reader: Any, requests: Iterable[Any], workers: int, request_bytes
                 raise
             fault = f"data loading {death[1]}"
             break
-        except (EOFError, OSError):
+        except (EOFError, ConnectionError):
             # It was killed while it handed over an answer.
             fault = "data loading worker exited unexpectedly"
             break
