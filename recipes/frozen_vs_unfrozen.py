@@ -65,6 +65,7 @@ def main() -> None:
     settings = dataclasses.replace(settings, **{k: v for k, v in chosen.items() if getattr(settings, k) is None})
 
     from byol_timm.comparison import Comparison, compare, conclusion, results_table
+    from byol_timm.defaults import output_dir
     from byol_timm.evaluation import PROTOCOLS
 
     pretraining = {field.name: getattr(settings, field.name) for field in dataclasses.fields(PretrainConfig)}
@@ -83,7 +84,7 @@ def main() -> None:
             PROTOCOLS["quick-finetune"], **{k: v for k, v in finetune.items() if v is not None}
         ),
     )
-    folder = settings.output_dir or "runs/frozen_vs_unfrozen"
+    folder = settings.output_dir or f"{output_dir(comparison.pretraining)}-frozen_vs_unfrozen"
     rows = compare(comparison, folder)
     print("", conclusion(rows), "", results_table(rows), "", f"in {folder}", sep="\n")
 

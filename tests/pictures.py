@@ -2,6 +2,7 @@
 
 import io
 import itertools
+import tarfile
 
 import datasets
 import numpy as np
@@ -34,6 +35,15 @@ def write_folder(folder, names, image=lambda place: photo(20, 16, place)):
         path.parent.mkdir(parents=True, exist_ok=True)
         image(place).save(path)
     return str(folder)
+
+
+def write_tar(path, files):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for name, content in files:
+            entry = tarfile.TarInfo(name)
+            entry.size = len(content)
+            tar.addfile(entry, io.BytesIO(content))
 
 
 def decode(content, channels=3):

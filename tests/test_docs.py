@@ -10,14 +10,26 @@ import sys
 from pathlib import Path
 
 import pytest
+import timm
+import torch
 from accelerate.commands.launch import launch_command_parser
+from pictures import digits_table, encoded, photo, write_folder, write_tar
 
 from byol_timm.config import PretrainConfig, parse
-from byol_timm.encoder import create_encoder
-from byol_timm.hub import save_encoder
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "recipes").glob("*.md"))]
+
+FIRST = ["accelerate", "launch", "recipes/pretrain.py", "--backbone", "resnet18"]
+FEW_STEPS = "--epochs 1 --batch_size 256 --hidden_dim 32 --projection_dim 16".split()
+# What makes a command of the docs end within seconds, on few small images; everything else is run as it is written.
+SHORT = {
+    "pretrain.py": "--image_size 32 --epochs 1 --batch_size 16 --hidden_dim 32 --projection_dim 16 --workers 0",
+    "frozen_vs_unfrozen.py": "--backbone test_resnet --image_size 32 --epochs 1 --batch_size 16 --hidden_dim 32 "
+    "--projection_dim 16 --workers 0 --label_shares 1 --image_shares 0.5 --seeds 0 --finetune_epochs 1 "
+    "--finetune_lrs 0.1 --finetune_steps 2",
+    "finetune.py": "--epochs 1 --lrs 0.1",
+}
 
 
 def blocks(language):
@@ -36,21 +48,53 @@ def commands(pattern):
                     yield pytest.param(shlex.split(command), id=f"{block.id}: {command.strip()[:60]}")
 
 
+def reader(folder, *command):
+    """What the command says and leaves, typed in a folder that sees the recipes as a clone does."""
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true"}
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=600)
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Where a reader of the docs is after the first command: beside a run of resnet18 on digits."""
+    """Where a reader of the docs is after the first command, with images of every kind that the docs speak of."""
     folder = tmp_path_factory.mktemp("reader")
-    encoder = create_encoder("resnet18", image_size=32)
-    save_encoder(encoder, folder / "runs/resnet18-digits/encoder", image_size=32, mean=(0.5,) * 3, std=(0.5,) * 3)
+    (folder / "recipes").symlink_to(ROOT / "recipes")
+    write_folder(folder / "path/to/images", [f"{kind}/{n}.png" for kind in "ab" for n in range(16)])
+    for name, columns in {"path/to/shards": ("photo", "species"), "fashion_mnist": ("image", "label")}.items():
+        (folder / name).mkdir(parents=True)
+        for split in ("train", "test"):
+            table = digits_table(60).rename_columns(dict(zip(("image", "label"), columns, strict=True)))
+            table.to_parquet(folder / name / f"{split}-00000-of-00001.parquet")
+    files = []
+    for n in range(24):
+        image, label = (f"{n:03}.png", encoded(photo(20, 16, n))), (f"{n:03}.cls", b"0")
+        files += [label, image]
+    write_tar(folder / "path/to/tars/train-0.tar", files)
+    weights = {
+        f"backbone.{name}": value for name, value in timm.create_model("resnet18", num_classes=0).state_dict().items()
+    }
+    torch.save({"state_dict": weights}, folder / "path/to/checkpoint.ckpt")
+    first = reader(folder, *FIRST, *FEW_STEPS)
+    assert first.returncode == 0, first.stderr
     return folder
 
 
 @pytest.mark.parametrize("block", [*blocks("python")])
 def test_python_blocks_run(block, folder):
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    call = [sys.executable, "-W", "error::DeprecationWarning:__main__", "-c", block]
-    result = subprocess.run(call, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+    result = reader(folder, sys.executable, "-W", "error::DeprecationWarning:__main__", "-c", block)
     assert result.returncode == 0, f"{block}\n{result.stderr}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", [c for c in commands(r"recipes/\w+\.py(?!.* user/)") if c.values[0] != FIRST])
+def test_commands_run(command, folder):
+    """All but those that need the Hub, which are parsed below, and the first, behind which the reader is."""
+    recipe = next(Path(word).name for word in command if word.startswith("recipes/"))
+    short = FEW_STEPS if "--resume" in command else SHORT.get(recipe, "").split()
+    if "--num_images" in command:
+        short = [*short, "--num_images", "24"]
+    result = reader(folder, *command, *short)
+    assert result.returncode == 0, f"{shlex.join(command)}\n{result.stderr}"
 
 
 @pytest.mark.parametrize("command", [*commands(r"recipes/\w+\.py")])

@@ -1,5 +1,4 @@
 import dataclasses
-import io
 import itertools
 import logging
 import os
@@ -7,7 +6,6 @@ import pickle
 import signal
 import subprocess
 import sys
-import tarfile
 import time
 from pathlib import Path
 
@@ -16,7 +14,7 @@ import numpy as np
 import pyarrow.parquet
 import pytest
 import torch
-from pictures import encoded, one_line, photo, take
+from pictures import encoded, one_line, photo, take, write_tar
 from PIL import Image
 from safetensors.torch import load_file
 from streaming_memory import generate, measure
@@ -65,15 +63,6 @@ def write_parquet(path, contents, labels=None, rows=30):
     if labels is not None:
         table["label"], features["label"] = labels, datasets.ClassLabel(names=list("0123456789"))
     datasets.Dataset.from_dict(table, features=datasets.Features(features)).to_parquet(path, batch_size=rows)
-
-
-def write_tar(path, files):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w") as tar:
-        for name, content in files:
-            entry = tarfile.TarInfo(name)
-            entry.size = len(content)
-            tar.addfile(entry, io.BytesIO(content))
 
 
 def write_shards(folder, kind, contents, labels=None):
