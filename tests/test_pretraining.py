@@ -330,6 +330,12 @@ def test_images_of_one_pixel_train_with_a_word_about_them(tmp_path, caplog):
     assert "25 % of the images have less than a quarter of the 32 pixels" in caplog.text
 
 
+def test_recomputed_activations_change_no_bit_of_the_run(run, tmp_path):
+    folder, _ = run
+    pretrain(quick(tmp_path / "run", grad_checkpointing=True))
+    assert weights(tmp_path / "run") == weights(folder)
+
+
 # Continued from networks that others trained
 
 
