@@ -359,6 +359,18 @@ def test_recomputed_activations_change_no_bit_of_the_run(run, tmp_path):
     assert weights(tmp_path / "run") == weights(folder)
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile needs a C++ compiler")
+def test_a_compiled_run_takes_the_same_first_step_and_ships_to_plain_timm(run, tmp_path):
+    folder, _ = run
+    pretrain(quick(tmp_path / "run", compile=True))
+    first, compiled = (read_metrics(place / "metrics.jsonl")[1] for place in (folder, tmp_path / "run"))
+    for name in ("loss", "feature_std", "projection_std"):
+        assert compiled[name] == pytest.approx(first[name], rel=1e-4)
+    encoder = timm.create_model(f"local-dir:{tmp_path}/run/encoder", pretrained=True)
+    assert encoder(torch.rand(2, 3, 32, 32)).shape == (2, 96)
+
+
 # Continued from networks that others trained
 
 
