@@ -198,15 +198,16 @@ def enable_grad_checkpointing(encoder: Any) -> None:
 @contextlib.contextmanager
 def statistics_held(encoder: nn.Module) -> Iterator[None]:
     """BatchNorms leave their running statistics alone: for a backward pass that recomputes what they have counted."""
-    norms = [module for module in encoder.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]
-    held = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
-    for norm in norms:
-        # Not eval mode, nor no statistics at all: the recomputation must save the same tensors as the forward pass.
-        norm.momentum, norm.num_batches_tracked = 0.0, torch.zeros_like(norm.num_batches_tracked)
+    norms = [module for module in encoder.modules() if isinstance(module, _BatchNorm)]
+    held = [(norm, norm.momentum, norm.num_batches_tracked) for norm in norms]
+    for norm, _, count in held:
+        if count is not None:
+            # Not in eval mode, nor without statistics: a recomputation must save the tensors that the first one did.
+            norm.momentum, norm.num_batches_tracked = 0.0, torch.zeros_like(count)
     try:
         yield
     finally:
-        for norm, (momentum, count) in zip(norms, held, strict=True):
+        for norm, momentum, count in held:
             norm.momentum, norm.num_batches_tracked = momentum, count
 
 
