@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .encoder import encoder_width
+from .errors import ByolTimmError
 from .metrics import feature_std
 
 # Label-free figures of health beside the loss, scalars without gradient.
@@ -35,9 +36,9 @@ class BYOL(nn.Module):
         num_head_layers: int = 2,
     ) -> None:
         super().__init__()
-        width = encoder_width(encoder) if width is None else width
+        self.width = encoder_width(encoder) if width is None else width
         self.encoder = encoder
-        self.projector = mlp(width, hidden_dim, projection_dim, num_head_layers)
+        self.projector = mlp(self.width, hidden_dim, projection_dim, num_head_layers)
         self.predictor = mlp(projection_dim, hidden_dim, projection_dim)
         self.target_encoder = copy.deepcopy(encoder).requires_grad_(False)
         self.target_projector = copy.deepcopy(self.projector).requires_grad_(False)
@@ -53,6 +54,8 @@ class BYOL(nn.Module):
         Returns a dict: `loss` (scalar, 0 to 8, or 0 to 4 for one direction); `agreement`, the mean cosine of online and
         target projection; `feature_std` and `projection_std`, the spread of representations and projections over the
         batch (1 when isotropic, 0 when collapsed); `representation` [B, width] of the (first) view, detached.
+
+        Raises `ByolTimmError` for an encoder that returns anything else than [B, width].
         """
         if target is not None:
             return self._direction(view1, target)
@@ -64,7 +67,7 @@ class BYOL(nn.Module):
         return {"loss": first["loss"] + second["loss"], **means, "representation": first["representation"]}
 
     def _direction(self, view: Tensor, target: Tensor) -> dict[str, Tensor]:
-        representation = self.encoder(view)
+        representation = self._represent(self.encoder, view)
         projection = self.projector(representation)
         prediction = self.predictor(projection)
         return {
@@ -79,7 +82,17 @@ class BYOL(nn.Module):
     def target_projections(self, *views: Tensor) -> list[Tensor]:
         """The target network's projections [B, projection_dim] of each view, without gradient."""
         # One pass per view: batch statistics must not mix the views.
-        return [self.target_projector(self.target_encoder(view)) for view in views]
+        return [self.target_projector(self._represent(self.target_encoder, view)) for view in views]
+
+    def _represent(self, encoder: nn.Module, view: Tensor) -> Tensor:
+        output = encoder(view)
+        if not isinstance(output, Tensor) or output.shape != (len(view), self.width):
+            what = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+            raise ByolTimmError(
+                f"the encoder returns {what} for {len(view)} images, not {(len(view), self.width)}. Take its "
+                "classifier off (num_classes=0, or reset_classifier(0)), or give BYOL the right width"
+            )
+        return output
 
     @torch.no_grad()
     def update_target(self, decay: float) -> None:

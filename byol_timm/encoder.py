@@ -1,11 +1,13 @@
 """Encoders: any timm backbone without its classifier, fitted to the images it will see."""
 
 import ast
+import contextlib
 import difflib
 import inspect
 import logging
 import math
 import re
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import accumulate
@@ -17,6 +19,7 @@ import torch.nn.functional as F
 from timm.layers import PatchEmbed
 from timm.models import resolve_model_input_args
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 
 from .errors import ByolTimmError
@@ -192,6 +195,22 @@ def enable_grad_checkpointing(encoder: Any) -> None:
         ) from error
 
 
+@contextlib.contextmanager
+def statistics_held(encoder: nn.Module) -> Iterator[None]:
+    """BatchNorms leave their running statistics alone: for a backward pass that recomputes what they have counted."""
+    norms = [module for module in encoder.modules() if isinstance(module, _BatchNorm)]
+    held = [(norm, norm.momentum, norm.num_batches_tracked) for norm in norms]
+    for norm, _, count in held:
+        if count is not None:
+            # Not in eval mode, nor without statistics: a recomputation must save the tensors that the first one did.
+            norm.momentum, norm.num_batches_tracked = 0.0, torch.zeros_like(count)
+    try:
+        yield
+    finally:
+        for norm, momentum, count in held:
+            norm.momentum, norm.num_batches_tracked = momentum, count
+
+
 def parse_kwargs(pairs: tuple[str, ...]) -> dict[str, Any]:
     """`("output_stride=8", "global_pool=max")` as `{"output_stride": 8, "global_pool": "max"}`, timm's own rule."""
     flags = inspect.signature(create_encoder).parameters.keys() - {"backbone_kwargs"}
@@ -325,7 +344,9 @@ def _accepts(encoder: nn.Module, argument: str) -> bool:
 
 
 def _build_on_meta(arguments: dict[str, Any]) -> Any:
-    with _ShapesOnly(), torch.device("meta"):
+    with _ShapesOnly(), torch.device("meta"), warnings.catch_warnings():
+        # The network that is kept warns for itself; of one that is only tried, the error says it all.
+        warnings.simplefilter("ignore")
         return timm.create_model(**arguments)
 
 

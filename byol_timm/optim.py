@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -63,14 +64,16 @@ class LARS(torch.optim.Optimizer):
 def parameter_groups(module: nn.Module, weight_decay: float, *, no_weight_decay: Iterable[str] = ()) -> list[dict]:
     """The trainable parameters in two groups: adapted and decayed; biases, norms and the names of `no_weight_decay`.
 
-    The second group carries `weight_decay=0` and, for `LARS`, `adapt=False`.
+    These names may be patterns such as `pos_embed.*`, as in timm's networks. The second group carries `weight_decay=0`
+    and, for `LARS`, `adapt=False`.
     """
-    exempt = set(no_weight_decay)
+    patterns = list(no_weight_decay)
     decayed: list[nn.Parameter] = []
     plain: list[nn.Parameter] = []
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
-            skip = parameter.ndim <= 1 or name.endswith(".bias") or name in exempt
+            exempt = any(fnmatchcase(name, pattern) for pattern in patterns)
+            skip = exempt or parameter.ndim <= 1 or name.endswith(".bias")
             (plain if skip else decayed).append(parameter)
     return [
         dict(params=decayed, weight_decay=weight_decay, adapt=True),

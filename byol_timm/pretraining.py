@@ -45,7 +45,7 @@ from .defaults import (
     resolve_intervals,
     resolve_training,
 )
-from .encoder import enable_grad_checkpointing, encoder_width, freeze_parts, parse_kwargs
+from .encoder import enable_grad_checkpointing, encoder_width, freeze_parts, parse_kwargs, statistics_held
 from .errors import ByolTimmError
 from .fidelity import points
 from .hub import check_push, fetch_training_state, load_encoder, push_encoder, save_encoder
@@ -249,7 +249,10 @@ def pretrain(config: PretrainConfig) -> nn.Module:
             for parameters in optimizer.param_groups:
                 parameters["lr"] = lr
             _seed(settings.seed, step, accelerator.process_index)
-            figures = train_step(accelerator, model, optimizer, map(two_views, micro_batches), target_decay=decay)
+            pairs = map(two_views, micro_batches)
+            figures = train_step(
+                accelerator, model, optimizer, pairs, target_decay=decay, recomputes=settings.grad_checkpointing
+            )
             skipped = skipped + 1 if accelerator.optimizer_step_was_skipped else 0
             if not figures["grad_norm"].isfinite() and not _mends_itself(accelerator, figures["loss"], skipped):
                 raise _not_finite(folder, step, lr, figures, micro_batches, splits.train, accelerator)
@@ -363,13 +366,15 @@ def train_step(
     pairs: Iterable[tuple[Tensor, Tensor]],
     *,
     target_decay: float,
+    recomputes: bool = False,
 ) -> dict[str, Tensor]:
     """One step of BYOL: forward and backward for every micro-batch, optimizer, target network; the figures of it.
 
     model: a `BYOL`, prepared by the accelerator as the optimizer is. pairs: the views of each of the launch's
-    `gradient_accumulation_steps` micro-batches. Without a gradient scaler, a gradient that is not finite leaves
-    parameters and target as they were. Returns the figures of `BYOL`, averaged over micro-batches, `grad_norm`, and
-    `representation` of view 1, that of all micro-batches.
+    `gradient_accumulation_steps` micro-batches. recomputes: whether the encoder's backward pass recomputes activations.
+    Without a gradient scaler, a gradient that is not finite leaves parameters and target as they were. Returns the
+    figures of `BYOL`, averaged over micro-batches, `grad_norm`, and `representation` of view 1, that of all
+    micro-batches.
 
     The two directions of the loss share no activations once both target projections are known, so each has a backward
     pass of its own: the same gradients for half the memory. Processes exchange gradients in the very last one.
@@ -384,7 +389,8 @@ def train_step(
         for view, target, last in ((view1, target2, False), (view2, target1, number == accumulation)):
             with contextlib.nullcontext() if last else accelerator.no_sync(model):
                 figures = model(view, target=target)
-                accelerator.backward(figures["loss"])
+                with statistics_held(byol.encoder) if recomputes else contextlib.nullcontext():
+                    accelerator.backward(figures["loss"])
             if view is view1:
                 representations.append(figures["representation"])
             for name in FIGURES:
@@ -529,7 +535,10 @@ def _rehearse(
             start = time.perf_counter()
             micro_batches, failure = _read(stream, accelerator.gradient_accumulation_steps)
             raise_first(accelerator, failure)
-            figures = train_step(accelerator, model, optimizer, map(two_views, micro_batches), target_decay=1.0)
+            pairs = map(two_views, micro_batches)
+            figures = train_step(
+                accelerator, model, optimizer, pairs, target_decay=1.0, recomputes=config.grad_checkpointing
+            )
             # Waits for the device.
             figures["loss"].item()
             seconds.append(time.perf_counter() - start)

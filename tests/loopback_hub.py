@@ -1,6 +1,7 @@
 """A Hub on this machine, of the standard library, that the real huggingface_hub client takes for the real one.
 
-Repositories live in memory. What a test wants to go wrong it says in `faults`; every request is in `log`.
+Repositories, of models and data sets alike, live in memory. What a test wants to go wrong it says in `faults`; every
+request is in `log`.
 """
 
 import base64
@@ -144,8 +145,9 @@ class Handler(BaseHTTPRequestHandler):
             return self.create(user, json.loads(body))
         for pattern, method in (
             (r"/([^/]+/[^/]+?)\.git/info/lfs/objects/batch", self.lfs_batch),
-            (r"/api/models/([^/]+/[^/]+)(?:/(preupload|commit|revision|tree|branch)/([^/]+))?", self.api),
-            (r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", self.download),
+            (r"/api/(?:models|datasets)/([^/]+/[^/]+)(?:/(preupload|commit|revision|branch)/([^/]+))?", self.api),
+            (r"/api/datasets/([^/]+/[^/]+)/tree/([^/]+)(?:/(.+))?", self.tree),
+            (r"/(?:datasets/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)", self.download),
         ):
             match = re.fullmatch(pattern, url.path)
             if match:
@@ -238,6 +240,17 @@ class Handler(BaseHTTPRequestHandler):
         if "model-index" in card:
             info["model-index"] = card["model-index"]
         return self.reply(200, info)
+
+    def tree(self, repo_id, revision, folder, body):
+        """What lies directly in a folder."""
+        hub = self.server.hub
+        entries, start = {}, f"{folder}/" if folder else ""
+        for path, entry in hub.repositories[repo_id]["commits"][hub.resolve(repo_id, revision)]["tree"].items():
+            if path.startswith(start):
+                name, inner, _ = path.removeprefix(start).partition("/")
+                facts = dict(type="directory", size=0) if inner else dict(type="file", size=len(entry["data"]))
+                entries[start + name] = dict(path=start + name, oid=entry["oid"], **facts)
+        return self.reply(200, list(entries.values())) if entries else self.fail(404, "EntryNotFound")
 
     def download(self, repo_id, revision, path, body):
         hub = self.server.hub

@@ -198,6 +198,23 @@ def test_any_module_is_an_encoder_when_its_width_is_told():
         BYOL(encoder)
 
 
+@pytest.mark.parametrize("kwargs", [{}, {"num_classes": 0, "global_pool": ""}])
+def test_an_encoder_that_returns_something_else_than_its_width_is_told(kwargs):
+    byol = BYOL(timm.create_model("test_resnet", **kwargs), hidden_dim=16, projection_dim=8)
+    with pytest.raises(ByolTimmError, match=r"returns .* for 8 images, not \(8, 96\). Take its classifier off") as told:
+        byol(*two_views())
+    assert "\n" not in str(told.value)
+
+
+def test_pretrained_weights_are_where_training_starts(tmp_path):
+    given = timm.create_model("test_resnet")
+    kept = copy.deepcopy(given.state_dict())
+    given.reset_classifier(0)
+    byol = BYOL(given, hidden_dim=16, projection_dim=8)
+    for network in (byol.encoder, byol.target_encoder):
+        assert all(torch.equal(value, kept[name]) for name, value in network.state_dict().items())
+
+
 def test_an_ordinary_loop_learns():
     torch.manual_seed(0)
     byol = small_byol()

@@ -13,7 +13,7 @@ import torch
 import torchvision
 from hub_client import Client, Failed
 from loopback_hub import LoopbackHub
-from pictures import photo
+from pictures import DIGITS, digits_table, photo
 from safetensors.torch import load_file, save_file
 
 from byol_timm.card import CARD_END, CARD_START, merge_cards, model_card, redact
@@ -732,6 +732,35 @@ def test_what_is_not_there_or_not_for_us_is_told_in_one_line(hub, client, tmp_pa
             fetch(client, f"hf-hub:{name}")
         assert_one_line(failed, *texts)
     assert not marker.exists()
+
+
+def test_images_of_a_data_set_on_the_hub_come_by_its_id_and_nothing_stands_in_for_one_that_is_not_there(
+    hub, client, tmp_path
+):
+    table = digits_table(60)
+    files = {}
+    for split, rows in (("train", range(40)), ("test", range(40, 60))):
+        table.select(rows).to_parquet(tmp_path / f"{split}.parquet")
+        files[f"data/{split}-00000-of-00001.parquet"] = (tmp_path / f"{split}.parquet").read_bytes()
+    hub.create("tester/scans", files=files)
+    code = """
+    from byol_timm.sources import hub_id, open_dataset
+    splits = open_dataset(name, split=split)
+    labels = [images.labels.tolist() for images in (splits.train, splits.test)]
+    result = [hub_id(name), splits.note, *labels, splits.train.decode(0)[0].tolist()]
+    """
+    name, note, train, test, pixels = client.run(code, name="tester/scans", split="train")
+    assert name == "tester/scans"
+    assert "40 images of tester/scans, split train" in note and "evaluation on split test (20 images)" in note
+    assert (train, test) == (DIGITS.target[:40].tolist(), DIGITS.target[40:60].tolist())
+    assert pixels == (DIGITS.images[0] * 15).astype(int).tolist()
+    for name, split, texts in (
+        ("tester/nothing", "train", ["tester/nothing is no folder here and cannot be loaded from the Hub"]),
+        ("tester/scans", "val", ["no split val", "train, test"]),
+    ):
+        with pytest.raises(Failed) as failed:
+            client.run(code, name=name, split=split)
+        assert_one_line(failed, *texts)
 
 
 class Planted:

@@ -77,6 +77,16 @@ def test_biases_norms_and_exempt_names_get_neither_decay_nor_adaptation():
     assert plain["weight_decay"] == 0 and plain["adapt"] is False and adapted["weight_decay"] == 0.1
 
 
+def test_exempt_names_may_be_patterns_as_timms_are():
+    with torch.device("meta"):
+        byol = BYOL(timm.create_model("xcit_nano_12_p8_224", num_classes=0, depth=1), hidden_dim=32, projection_dim=8)
+    assert "encoder.pos_embed.*" in byol.no_weight_decay()
+    _, plain = parameter_groups(byol, 0.1, no_weight_decay=byol.no_weight_decay())
+    exempt = {id(p) for p in plain["params"]}
+    positions = [p for name, p in byol.encoder.named_parameters() if name.startswith("pos_embed.")]
+    assert positions and all(id(p) in exempt for p in positions)
+
+
 @pytest.mark.parametrize("opt", ["lars", "adamw", "sgd"])
 def test_the_target_network_is_never_handed_to_the_optimizer(opt):
     byol = BYOL(timm.create_model("test_resnet", num_classes=0), hidden_dim=32, projection_dim=8)

@@ -21,9 +21,9 @@ from torch import nn
 
 from byol_timm import BYOL, PretrainConfig, monitor, pretrain, pretraining
 from byol_timm.checkpoint import load_latest
-from byol_timm.config import parse
+from byol_timm.config import EvaluationConfig, parse
 from byol_timm.errors import ByolTimmError
-from byol_timm.evaluation import extract_features
+from byol_timm.evaluation import dataset_features, extract_features, knn, open_evaluation
 from byol_timm.interruption import Interrupted
 from byol_timm.metrics import read_metrics
 from byol_timm.pretraining import MAX_SKIPPED_STEPS, Schedule, _mends_itself, open_images, train_step
@@ -116,6 +116,19 @@ def test_the_online_encoder_is_shipped_and_its_target_has_followed(run):
             assert not torch.equal(state[f"target_encoder.{name}"], initial[name])
 
 
+def test_the_last_accuracy_is_that_of_the_shipped_encoder_and_not_of_its_target(run):
+    folder, _ = run
+    encoder, splits, preparation = open_evaluation(EvaluationConfig(f"local-dir:{folder}/encoder", workers=0))
+    state = load_latest(folder / "checkpoints").tensors["byol"]
+    target = copy.deepcopy(encoder)
+    target.load_state_dict({name: state[f"target_encoder.{name}"] for name in target.state_dict()})
+    accuracies = []
+    for network in (encoder, target):
+        bank, queries = (dataset_features(network, part, preparation)[0] for part in (splits.train, splits.test))
+        accuracies.append(knn(bank, splits.train.labels, queries, splits.test.labels))
+    assert accuracies[0] == read_metrics(folder / "metrics.jsonl")[-1]["knn"] != accuracies[1]
+
+
 def test_learning_rate_and_target_decay_follow_the_paper(run):
     folder, _ = run
     rows = [row for row in read_metrics(folder / "metrics.jsonl") if "loss" in row]
@@ -201,6 +214,16 @@ def test_images_without_labels_train_and_say_so(tmp_path, caplog):
     caplog.set_level("INFO")
     pretrain(quick(tmp_path / "run", dataset=str(folder), batch_size=8, in_chans=1))
     assert "no labels" in caplog.text
+    for line in (
+        r"device +.+, 1 process, float32",
+        r"images +40 of \S+/images; .*unlabelled",
+        r"encoder +test_resnet, 0\.4 M parameters, width 96, images 1 x 32 x 32",
+        r"views +small, .*; without saturation, hue, grayscale, which need RGB",
+        r"batch +8 = 8 x 1 process; 1 epochs of 5 steps, 5 steps",
+        r"optimizer +lars, lr 0\.03125 \(1 per 256 images\), weight decay 1e-06, .* tau from 0\.99",
+        r"folder +\S+/run",
+    ):
+        assert re.search(line, caplog.text), line
     assert "results" not in json.loads((tmp_path / "run" / "results.json").read_text())
     assert {"embedding.png", "neighbours.png", "report.html"} <= {file.name for file in (tmp_path / "run").iterdir()}
     encoder = timm.create_model(f"local-dir:{tmp_path}/run/encoder", pretrained=True)
@@ -328,6 +351,25 @@ def test_images_of_one_pixel_train_with_a_word_about_them(tmp_path, caplog):
         Image.new("L", size, 4 * index).resize(size).save(tmp_path / "images" / f"{index}.png")
     pretrain(quick(tmp_path / "run", dataset=str(tmp_path / "images"), batch_size=16, workers=0))
     assert "25 % of the images have less than a quarter of the 32 pixels" in caplog.text
+
+
+def test_recomputed_activations_change_no_bit_of_the_run(run, tmp_path):
+    folder, _ = run
+    pretrain(quick(tmp_path / "run", grad_checkpointing=True))
+    assert weights(tmp_path / "run") == weights(folder)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile needs a C++ compiler")
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # torch._dynamo's own look at non-leaf tensors
+def test_a_compiled_run_takes_the_same_first_step_and_ships_to_plain_timm(run, tmp_path):
+    folder, _ = run
+    pretrain(quick(tmp_path / "run", compile=True))
+    first, compiled = (read_metrics(place / "metrics.jsonl")[1] for place in (folder, tmp_path / "run"))
+    for name in ("loss", "feature_std", "projection_std"):
+        assert compiled[name] == pytest.approx(first[name], rel=1e-4)
+    encoder = timm.create_model(f"local-dir:{tmp_path}/run/encoder", pretrained=True)
+    assert encoder(torch.rand(2, 3, 32, 32)).shape == (2, 96)
 
 
 # Continued from networks that others trained
