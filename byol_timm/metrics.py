@@ -211,9 +211,9 @@ class CollapseAlarm:
     MIN_PROJECTION_STD = 0.2
     MIN_FEATURE_STD = 0.002
     CHECKS = 3
-    # A huge learning rate leaves the representation a few dimensions, and may leave both spreads alone. `effective_rank`
-    # dips in healthy runs too, and comes back: its highest of any ten lines on end was 6.1 or more in 13 healthy runs
-    # (the lowest are ViTs on Fashion-MNIST), and fell to 4.0 where the learning rate was a thousand times too high.
+    # A huge learning rate leaves the representation a few dimensions, and may leave both spreads alone. In healthy runs
+    # `effective_rank` dips too, and comes back: its highest of any ten lines on end was 6.1 or more in 13 of them (the
+    # lowest are ViTs on Fashion-MNIST), and fell to 4.0 where the learning rate was a thousand times too high.
     MIN_RANK = 5.0
     RANK_CHECKS = 10
 

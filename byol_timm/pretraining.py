@@ -78,6 +78,8 @@ MAY_CHANGE = frozenset(
 # What decides the shapes of projector and predictor.
 HEADS = ("hidden_dim", "projection_dim", "num_head_layers")
 MANY_TINY = 0.1
+# In the folder of a run: the images that others stood in for, each with the reason.
+BAD_IMAGES = "bad_images.txt"
 MAX_SKIPPED_STEPS = 20
 # A dry run measures up to so many steps after the first, or five seconds of them.
 REHEARSED_STEPS, REHEARSAL_SECONDS = 10, 5
@@ -286,10 +288,17 @@ def pretrain(config: PretrainConfig) -> nn.Module:
         # What it came to.
         bad = [reason for part in gather_object([batches.bad]) for reason in part.values()]
         if bad:
-            logger.warning("%d images could not be read and were replaced, the first: %s", len(bad), bad[0])
+            logger.warning(
+                "%d images could not be read and were replaced, the first: %s. All are in %s",
+                len(bad),
+                bad[0],
+                folder / BAD_IMAGES,
+            )
         if accelerator.is_main_process:
             writer.close()
             log.close()
+            if bad:
+                (folder / BAD_IMAGES).write_text("".join(f"{reason}\n" for reason in bad), encoding="utf-8")
             record = {
                 "backbone": settings.backbone,
                 "backbone_kwargs": _backbone_kwargs(settings),

@@ -207,14 +207,15 @@ def test_images_without_labels_train_and_say_so(tmp_path, caplog):
     assert encoder(torch.rand(2, 1, 32, 32)).shape == (2, 96)
 
 
-def test_a_bad_image_is_replaced_and_named_at_the_end(tmp_path, caplog):
+def test_bad_images_are_replaced_and_named_at_the_end(tmp_path, caplog):
     folder = digits_folder(tmp_path / "images", 64, labelled=True)
-    broken = folder / "3" / "3.png"
-    broken.write_bytes(broken.read_bytes()[:60])
+    for broken in (folder / "3" / "3.png", folder / "5" / "5.png"):
+        broken.write_bytes(broken.read_bytes()[:60])
     pretrain(quick(tmp_path / "run", dataset=str(folder), batch_size=16, workers=0, memory_limit=0))
-    assert "1 images could not be read" in caplog.text
-    assert "3/3.png" in caplog.text
-    with pytest.raises(ByolTimmError, match=r"3/3\.png"):
+    assert "2 images could not be read" in caplog.text and "bad_images.txt" in caplog.text
+    named = (tmp_path / "run" / "bad_images.txt").read_text().splitlines()
+    assert sorted(line.partition(": ")[0] for line in named) == ["3/3.png", "5/5.png"]
+    with pytest.raises(ByolTimmError, match=r"3/3\.png|5/5\.png"):
         pretrain(quick(tmp_path / "other", dataset=str(folder), batch_size=16, on_bad_image="error"))
 
 
