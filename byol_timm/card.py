@@ -42,6 +42,11 @@ LIMITS = """- The encoder has no classifier: its output is a representation for 
 - Images that differ from the training images in content or in size may be served badly; nothing was measured there.
 - Whatever bias the training images have is in the representation. Nothing was done against it."""
 
+PROBE_PROTOCOL = (
+    "Linear probe: a linear classifier that learned from the augmented training images while the encoder trained, and "
+    "had no say in it; measured on the same images."
+)
+
 CITATION = """```bibtex
 @inproceedings{grill2020bootstrap,
   title     = {Bootstrap your own latent: A new approach to self-supervised Learning},
@@ -237,6 +242,7 @@ def _recipe(record: Mapping[str, Any]) -> str:
     rows += [(text, settings.get(key)) for key, text in RECIPE_ROWS.items()]
     rows += [("epochs", record.get("epochs")), ("steps", record.get("steps"))]
     rows += [("global batch", record.get("global_batch")), ("device", record.get("device"))]
+    rows += [(name, record.get(name)) for name in ("processes", "precision")]
     rows += [("time", _duration(record["seconds"]) if record.get("seconds") else None)]
     rows += [(f"version of {name}", value) for name, value in (record.get("versions") or {}).items()]
     rows += [("version of byol_timm", record.get("byol_timm")), ("commit", record.get("commit"))]
@@ -271,17 +277,15 @@ def _results(record: Mapping[str, Any], data: Mapping[str, Any]) -> str:
     shown = [f"| {text} | {value:.1f} % |" for text, value in rows if value is not None]
     if not shown:
         return "None were measured."
-    protocol = f"\n\nProtocol: {results['protocol']}" if results.get("protocol") else ""
+    protocol = f"\n\nProtocol: {results['protocol']}." if results.get("protocol") else ""
+    if protocol and results.get("linear_byol") is not None:
+        protocol += f" {PROBE_PROTOCOL}"
     return "\n".join(["| top-1 accuracy | |", "|---|---|", *shown]) + protocol
 
 
 def _measurements(results: Mapping[str, Any]) -> list[tuple[str, float]]:
     """Each with a name of its own: the Hub merges results of one data set under the first one's."""
-    names = {
-        "knn_byol": f"{results.get('k', 20)}-NN top-1",
-        "linear_probe": "linear probe top-1",
-        "finetune": "fine-tuned top-1",
-    }
+    names = {"knn_byol": f"{results.get('k', 20)}-NN top-1", "linear_byol": "linear probe top-1"}
     return [(name, results[key]) for key, name in names.items() if results.get(key) is not None]
 
 
@@ -290,6 +294,9 @@ def _health(health: Mapping[str, Any]) -> str:
     if health.get("feature_std") is not None:
         spread = health["feature_std"]
         lines.append(f"- spread of the representation: {spread:.3f} (0: all images alike; 1: in all directions alike)")
+    if health.get("projection_std") is not None:
+        spread = health["projection_std"]
+        lines.append(f"- spread of the projections, where a collapse shows first: {spread:.3f} (likewise)")
     if health.get("effective_rank") is not None:
         lines.append(f"- effective rank: {health['effective_rank']:.1f} dimensions in use")
     return "\n".join(lines) or "Not recorded."

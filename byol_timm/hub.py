@@ -109,7 +109,7 @@ def save_encoder(
     """
     folder = Path(folder)
     if folder.exists() and not (folder / CONFIG).is_file() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ByolTimmError(f"{folder} exists and is no encoder folder. Choose another place for the encoder")
+        raise ByolTimmError(f"{folder} exists and is no encoder folder. Move it away or choose another place")
     encoder = unwrap_model(encoder)
     _check_is_timm(encoder)
     partial, replaced = (folder.with_name(f".tmp-{what}-{folder.name}") for what in ("new", "old"))
@@ -578,7 +578,9 @@ def _card(
         return local  # written by the user as a whole
     base = local if remote is None or (local and own_text(local) and not own_text(remote)) else remote
     config = _read_config(folder)
-    record = json.loads((folder / RECORD).read_text(encoding="utf-8")) if (folder / RECORD).is_file() else {}
+    record = _json_of(folder / RECORD) if (folder / RECORD).is_file() else {}
+    if not isinstance(record, dict):
+        raise ByolTimmError(f"{folder / RECORD} is no JSON object. Remove it, or save the encoder again")
     stated = card_metadata(base)[0].get("license") if base is not None else None
     license = license or stated or config["pretrained_cfg"].get("license")
     ours = model_card(record, config=config, repo_id=repo_id, license=license, pictures=pictures)
@@ -586,7 +588,10 @@ def _card(
 
 
 def _text_of(path: Path) -> str | None:
-    return path.read_text(encoding="utf-8") if path.is_file() else None
+    try:
+        return path.read_text(encoding="utf-8") if path.is_file() else None
+    except UnicodeDecodeError as error:
+        raise ByolTimmError(f"{path} is not UTF-8 text ({one_line(error)}). Mend or remove it") from error
 
 
 def _training_state_files(folder: Path) -> dict[str, Any]:
@@ -608,11 +613,15 @@ def _training_state_files(folder: Path) -> dict[str, Any]:
     return {f"{TRAINING_STATE}/{name}": content for name, content in files.items()}
 
 
-def _redacted_file(path: Path) -> bytes:
+def _json_of(path: Path) -> Any:
     try:
-        return _json(redact(json.loads(path.read_text(encoding="utf-8")))).encode()
+        return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ByolTimmError(f"{path} is not JSON ({one_line(error)})") from error
+        raise ByolTimmError(f"{path} is not JSON ({one_line(error)}). Remove it, or save the encoder again") from error
+
+
+def _redacted_file(path: Path) -> bytes:
+    return _json(redact(_json_of(path))).encode()
 
 
 def _json(value: Any) -> str:

@@ -1,6 +1,7 @@
 """What a run says while it trains: figures of health without labels, metrics.jsonl, progress, the collapse alarm."""
 
 import json
+import logging
 import math
 import os
 import sys
@@ -14,6 +15,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .errors import ByolTimmError
+
+logger = logging.getLogger(__name__)
 
 # Name in a row, name on the line, format.
 _SHOWN = (
@@ -61,6 +64,7 @@ class MetricsLog:
 
     images_per_step: images of one optimizer step over all processes, for images/s.
     resume_step: rows after this step are of work that was lost, and are dropped; 0 starts a new file.
+    seconds: that the run has taken up to that step.
     tracker: called with each row's figures and step besides.
     stream: where progress goes; stdout when None.
     """
@@ -72,11 +76,14 @@ class MetricsLog:
         total_steps: int,
         images_per_step: int,
         resume_step: int = 0,
+        seconds: float = 0.0,
         tracker: Callable[[dict[str, float], int], None] | None = None,
         stream: TextIO | None = None,
     ) -> None:
         path = folder / "metrics.jsonl"
         rows = [row for row in read_metrics(path) if row["step"] <= resume_step] if resume_step else []
+        if resume_step and not rows:
+            logger.warning(f"{path} has no figures of steps 1 to {resume_step}: curves and results go without")
         temporary = path.with_name(".tmp-metrics.jsonl")
         temporary.write_text("".join(_line(row) for row in rows), encoding="utf-8")
         os.replace(temporary, path)
@@ -86,12 +93,17 @@ class MetricsLog:
         self._total_steps = total_steps
         self._images_per_step = images_per_step
         self._stream = sys.stdout if stream is None else stream
-        self._seconds_before = rows[-1].get("seconds", 0.0) if rows else 0.0
+        self._seconds_before = seconds
         self._start = self._last_time = time.monotonic()
         self._start_step = self._last_step = resume_step
         self._bar = None
         if self._stream.isatty():
             self._bar = tqdm(total=total_steps, initial=resume_step, file=self._stream, unit="step", dynamic_ncols=True)
+
+    @property
+    def seconds(self) -> float:
+        """That the run has taken so far, those before it was resumed included."""
+        return self._seconds_before + time.monotonic() - self._start
 
     def advance(self, step: int) -> None:
         """Move the bar to `step`; costs nothing where there is none."""
@@ -109,7 +121,7 @@ class MetricsLog:
             full["images_per_second"] = (
                 (step - self._last_step) * self._images_per_step / max(now - self._last_time, 1e-9)
             )
-        full["seconds"] = self._seconds_before + now - self._start
+        full["seconds"] = self.seconds
         self._last_time, self._last_step = now, step
         self._write(_line(full).encode())
         if self._tracker is not None:
@@ -169,7 +181,8 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     for number, line in enumerate(lines, start=1):
         try:
             row = json.loads(line)
-        except ValueError:
+            int(row["step"])
+        except (ValueError, TypeError, KeyError):
             # Every whole line ends in a newline, so what follows the last one is torn, or nothing.
             if number == len(lines):
                 break
@@ -184,46 +197,72 @@ def write_json(path: Path, values: Any) -> None:
 
 
 class CollapseAlarm:
-    """Watches for a network that gives every image the same output, and says so in one line.
+    """Watches for a network that gives every image the same output, or all of them a few, and says so in one line.
 
     Built with the settings of the run, which its advice names; opt, lr (base) and batch_size (global) as in the config,
-    color: whether the augmentation changes colours. A representation that gets worse but stays diverse raises no alarm:
-    kNN accuracy tells that.
+    num_rows: of representations whose effective rank is taken, color: whether the augmentation changes colours. A
+    representation that gets worse but stays diverse raises no alarm: kNN accuracy tells that.
     """
 
-    # Collapse shows in the projections long before it reaches the representation, whose spread differs from one family
-    # to the next. Lowest `projection_std` of 15 healthy runs of 5 families (SGD, AdamW, LARS; 50 to 1,500 steps on
-    # digits): 0.29. Highest of 10 runs without predictor, after 40 steps: 0.16. Lowest `feature_std` of the healthy
-    # runs: 0.008, a ViT under LARS; a network that a huge learning rate has killed: below 0.0005.
+    # A missing predictor shows in the projections long before it reaches the representation, whose spread differs from
+    # one family to the next. Lowest `projection_std` of 15 healthy runs of 5 families (SGD, AdamW, LARS; 50 to 1,500
+    # steps on digits): 0.29. Highest of 10 runs without predictor, after 40 steps: 0.16. Lowest `feature_std` of the
+    # healthy runs: 0.008, a ViT under LARS; a network that a huge learning rate has killed: below 0.0005.
     MIN_PROJECTION_STD = 0.2
     MIN_FEATURE_STD = 0.002
     CHECKS = 3
+    # A huge learning rate leaves the representation a few dimensions, and may leave both spreads alone. In healthy runs
+    # `effective_rank` dips too, and comes back: its highest of any ten lines on end was 6.1 or more in 13 of them (the
+    # lowest are ViTs on Fashion-MNIST), and fell to 4.0 where the learning rate was a thousand times too high.
+    MIN_RANK = 5.0
+    RANK_CHECKS = 10
 
     def __init__(
-        self, *, opt: str, lr: float, batch_size: int, batch_norm: bool, color: bool, target_decay: float
+        self,
+        *,
+        opt: str,
+        lr: float,
+        batch_size: int,
+        num_rows: int,
+        batch_norm: bool,
+        color: bool,
+        target_decay: float,
     ) -> None:
         self._likely = _likely_cause(opt, lr, batch_size, batch_norm, color, target_decay)
-        self._bad = 0
+        # Few rows fill few dimensions.
+        self._min_rank = min(self.MIN_RANK, num_rows / 8)
+        self._narrow = self._low = 0
 
     def check(self, row: Mapping[str, float]) -> str | None:
-        """A one-line warning when this row is the third in a row that looks collapsed; once per collapse.
+        """A one-line warning when rows have looked collapsed for long enough; once per collapse.
 
-        row: `step`, `feature_std` and `projection_std`, which is `feature_std` of the online projections.
+        That is three rows on end for the spreads, ten for the rank. row: `step`, `feature_std`, `projection_std`, which
+        is `feature_std` of the online projections, and `effective_rank` of the representations.
         """
         # Written so that nan counts as collapsed.
-        healthy = row["projection_std"] >= self.MIN_PROJECTION_STD and row["feature_std"] >= self.MIN_FEATURE_STD
-        self._bad = 0 if healthy else self._bad + 1
-        if self._bad != self.CHECKS:
+        wide = row["projection_std"] >= self.MIN_PROJECTION_STD and row["feature_std"] >= self.MIN_FEATURE_STD
+        high = row["effective_rank"] >= self._min_rank
+        before = self._sounds
+        self._narrow = 0 if wide else self._narrow + 1
+        self._low = 0 if high else self._low + 1
+        if before or not self._sounds:
             return None
         return (
             f"the network has collapsed by step {int(row['step'])}: projection std {row['projection_std']:.3f} "
             f"(healthy: above {self.MIN_PROJECTION_STD}), feature std {row['feature_std']:.4f} "
-            f"(above {self.MIN_FEATURE_STD}). Likely cause: {self._likely}"
+            f"(above {self.MIN_FEATURE_STD}), effective rank {row['effective_rank']:.1f} "
+            f"(above {self._min_rank:g}). Likely cause: {self._likely}"
         )
+
+    @property
+    def _sounds(self) -> bool:
+        return self._narrow >= self.CHECKS or self._low >= self.RANK_CHECKS
 
 
 def _likely_cause(opt: str, lr: float, batch_size: int, batch_norm: bool, color: bool, target_decay: float) -> str:
-    if opt != "lars" and lr >= 0.01 and opt != "sgd":
+    if opt in ("lars", "sgd") and lr >= 10:
+        return f"--lr {lr:g} is far too high for {opt}; try 1 or less"
+    if opt not in ("lars", "sgd") and lr >= 0.01:
         return f"--lr {lr:g} is of a size for LARS, and --opt is {opt}; try 1e-3 or less"
     if target_decay < 0.9:
         return f"--target_decay {target_decay:g} lets the target follow at once; try 0.99"

@@ -78,6 +78,8 @@ MAY_CHANGE = frozenset(
 # What decides the shapes of projector and predictor.
 HEADS = ("hidden_dim", "projection_dim", "num_head_layers")
 MANY_TINY = 0.1
+# In the folder of a run: the images that others stood in for, each with the reason.
+BAD_IMAGES = "bad_images.txt"
 MAX_SKIPPED_STEPS = 20
 # A dry run measures up to so many steps after the first, or five seconds of them.
 REHEARSED_STEPS, REHEARSAL_SECONDS = 10, 5
@@ -166,7 +168,7 @@ def pretrain(config: PretrainConfig) -> nn.Module:
         step = 0
         saved: dict[str, Any] = {}
         if settings.resume:
-            step, saved = _resume(settings, schedule, data, folder / "checkpoints", byol, optimizer, probe)
+            step, saved = _resume(settings, schedule, data, folder, byol, optimizer, probe)
             fault = f"finds other checkpoints in {folder} than process 0. Give all hosts one --output_dir to share"
             check_same(accelerator, str(step), fault)
         if accelerator.is_main_process:
@@ -194,6 +196,7 @@ def pretrain(config: PretrainConfig) -> nn.Module:
             opt=settings.opt,
             lr=settings.lr,
             batch_size=schedule.global_batch,
+            num_rows=schedule.global_batch // accelerator.num_processes,
             batch_norm=has_batch_norm(encoder),
             color=views.augmentation.jitter > 0,
             target_decay=settings.target_decay,
@@ -207,6 +210,7 @@ def pretrain(config: PretrainConfig) -> nn.Module:
                     total_steps=schedule.total_steps,
                     images_per_step=schedule.global_batch,
                     resume_step=step,
+                    seconds=saved.get("seconds", 0.0),
                     tracker=accelerator.log,
                 )
             )
@@ -217,6 +221,7 @@ def pretrain(config: PretrainConfig) -> nn.Module:
         def save() -> None:
             state = {"config": dataclasses.asdict(settings), "data": data, "global_batch": schedule.global_batch}
             state |= {"samples_seen": step * schedule.global_batch, "since_log": since_log.tolist()}
+            state["seconds"] = log.seconds
             if accelerator.scaler is not None:
                 state["scaler"] = accelerator.scaler.state_dict()
             tensors = {"byol": byol.state_dict(), "optimizer": optimizer_tensors(optimizer.optimizer)}
@@ -266,9 +271,10 @@ def pretrain(config: PretrainConfig) -> nn.Module:
                 means = since_log / (step % settings.log_every or settings.log_every)
                 row = {"step": step, "epoch": schedule.epoch(step), "lr": lr, "target_decay": decay}
                 row |= dict(zip(FIGURES, means.tolist(), strict=True))
+                row["effective_rank"] = accelerator.reduce(effective_rank(figures["representation"]), "mean").item()
                 since_log.zero_()
                 if accelerator.is_main_process:
-                    log.log(row | {"effective_rank": effective_rank(figures["representation"]).item()})
+                    log.log(row)
                 warning = alarm.check(row)
                 if warning and settings.on_collapse == "stop":
                     raise ByolTimmError(f"{warning}. Stopped, as --on_collapse stop asks")
@@ -285,10 +291,17 @@ def pretrain(config: PretrainConfig) -> nn.Module:
         # What it came to.
         bad = [reason for part in gather_object([batches.bad]) for reason in part.values()]
         if bad:
-            logger.warning("%d images could not be read and were replaced, the first: %s", len(bad), bad[0])
+            logger.warning(
+                "%d images could not be read and were replaced, the first: %s. All are in %s",
+                len(bad),
+                bad[0],
+                folder / BAD_IMAGES,
+            )
         if accelerator.is_main_process:
             writer.close()
             log.close()
+            if bad:
+                (folder / BAD_IMAGES).write_text("".join(f"{reason}\n" for reason in bad), encoding="utf-8")
             record = {
                 "backbone": settings.backbone,
                 "backbone_kwargs": _backbone_kwargs(settings),
@@ -298,6 +311,7 @@ def pretrain(config: PretrainConfig) -> nn.Module:
                 "steps": step,
                 "global_batch": schedule.global_batch,
                 "bad_images": len(bad),
+                "seconds": log.seconds,
                 **environment(accelerator),
             }
             _finish(settings, folder, encoder, record, held_out, splits, mean=mean, std=std)
@@ -594,8 +608,13 @@ def _resume(
     probe: LinearProbe | None,
 ) -> tuple[int, dict[str, Any]]:
     """The step and the state to go on from; networks and optimizers are put back. Step 0 where nothing was saved."""
-    checkpoint = load_latest(folder)
+    checkpoint = load_latest(folder / "checkpoints")
     if checkpoint is None:
+        if (folder / "encoder").exists():
+            raise ByolTimmError(
+                f"{folder} has an encoder and no checkpoint to go on from. Discard both with --overwrite, or choose "
+                "another --output_dir"
+            )
         return 0, {}
     for reason in checkpoint.skipped:
         logger.warning("a damaged checkpoint is passed over: %s", reason)
@@ -740,19 +759,22 @@ def _finish(
     mean: Sequence[float],
     std: Sequence[float],
 ) -> None:
-    """Write the encoder, results.json and the pictures, and say what came out."""
+    """Write the encoder, results.json and the pictures, and say what came out.
+
+    Figures that a user has deleted with metrics.jsonl are left out.
+    """
     rows = read_metrics(folder / "metrics.jsonl")
-    trained = [row for row in rows if "loss" in row]
-    record["seconds"] = rows[-1]["seconds"]
-    record["health"] = {name: trained[-1][name] for name in (*HEALTH, "effective_rank")}
+    record["health"] = {name: row[name] for row in rows if "loss" in row for name in (*HEALTH, "effective_rank")}
     baselines = {}
     if held_out is not None:
-        accuracies = [row["knn"] for row in rows if "knn" in row]
-        baselines = {"raw pixels": held_out.knn_of_pixels(), "before training": accuracies[0]}
+        accuracies = {row["step"]: row["knn"] for row in rows if "knn" in row}
+        baselines = {"raw pixels": held_out.knn_of_pixels()}
+        if 0 in accuracies:
+            baselines["before training"] = accuracies[0]
         record["results"] = {
             "knn_raw_pixels": 100 * baselines["raw pixels"],
-            "knn_random": 100 * baselines["before training"],
-            "knn_byol": 100 * accuracies[-1],
+            **({"knn_random": 100 * accuracies[0]} if 0 in accuracies else {}),
+            "knn_byol": 100 * accuracies[record["steps"]],
             "k": NEIGHBOURS,
             "protocol": held_out.protocol,
         }

@@ -163,14 +163,14 @@ def closing(config: Any, folder: Path, record: dict[str, Any]) -> list[str]:
         start = "before BYOL" if trained else "at random initialisation"
         rows = {
             "raw pixels": results["knn_raw_pixels"],
-            f"{config.backbone} {start}": results["knn_random"],
+            f"{config.backbone} {start}": results.get("knn_random"),
             f"{config.backbone} after BYOL": results["knn_byol"],
         }
         width = max(map(len, rows))
         lines += [
             "",
             f"{results['k']}-NN accuracy",
-            *(f"  {name:<{width}}  {value:5.1f} %" for name, value in rows.items()),
+            *(f"  {name:<{width}}  {value:5.1f} %" for name, value in rows.items() if value is not None),
         ]
         lines += [f"  ({results['protocol']})"]
         if "linear_byol" in results:

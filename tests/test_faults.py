@@ -368,7 +368,9 @@ def test_a_killed_data_worker_ends_the_run_with_a_checkpoint_and_exit_code_1(tmp
 def test_a_loss_that_is_no_number_stops_the_run_with_what_is_known(tmp_path, in_process):
     folder = tmp_path / "run"
     with pytest.raises(ByolTimmError, match=r"loss or gradient is not finite at step \d+ .*Lower --lr"):
-        in_process(folder, "--opt", "sgd", "--lr", "1e30", "--warmup_epochs", "0")
+        in_process(folder, "--opt", "sgd", "--lr", "1e30", "--warmup_epochs", "0", "--save_every", "1")
+    saved = load_latest(folder / "checkpoints").tensors["byol"]
+    assert all(tensor.isfinite().all() for tensor in saved.values() if tensor.is_floating_point())
     [debug] = (folder / "debug").glob("step-*.json")
     facts = json.loads(debug.read_text())
     assert facts.keys() == {"step", "lr", "loss", "grad_norm", "images"}

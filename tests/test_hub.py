@@ -43,8 +43,17 @@ RECORD = {
     "global_batch": 64,
     "seconds": 5000.0,
     "device": "cpu",
-    "results": {"knn_raw_pixels": 91.2, "knn_random": 88.1, "knn_byol": 97.7, "k": 20, "protocol": "cosine, T = .07"},
-    "health": {"feature_std": 0.7, "effective_rank": 31.2},
+    "results": {
+        "knn_raw_pixels": 91.2,
+        "knn_random": 88.1,
+        "knn_byol": 97.7,
+        "linear_byol": 96.4,
+        "k": 20,
+        "protocol": "cosine, T = .07",
+    },
+    "processes": 2,
+    "precision": "bf16",
+    "health": {"feature_std": 0.7, "projection_std": 0.6, "effective_rank": 31.2},
     "versions": {"torch": "2.6"},
     "commit": None,
 }
@@ -217,6 +226,21 @@ def test_broken_files_are_refused_in_one_line(tmp_path):
         check_encoder_folder(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("byol.json", b"[1]", "is no JSON object"),
+        ("byol.json", b"{", "is not JSON"),
+        ("README.md", b"\xf6", "is not UTF-8"),
+    ],
+)
+def test_a_record_or_card_that_is_damaged_is_named(name, content, message, tmp_path):
+    folder = save(build(), tmp_path / "encoder", record=RECORD)
+    (folder / name).write_bytes(content)
+    with pytest.raises(ByolTimmError, match=f"{name} {message}"):
+        files_to_push(folder, "user/name")
+
+
 # A tag of timm's own
 
 
@@ -257,9 +281,12 @@ def test_the_card_says_what_the_record_holds_and_no_secret():
     card = model_card(RECORD, config=config, repo_id="user/name", license="cc-by-4.0", pictures=["curves.png"])
     for text in (
         "# resnet18 pretrained with BYOL on digits", "library_name: timm", "pipeline_tag: image-feature-extraction",
-        "- user/digits", "license: cc-by-4.0", "name: 20-NN top-1", "value: 97.7", 'hf-hub:user/name", pretrained=True',
+        "- user/digits", "license: cc-by-4.0", "name: 20-NN top-1", "value: 97.7", "name: linear probe top-1",
+        "value: 96.4", 'hf-hub:user/name", pretrained=True',
         "features_only=True", "num_classes=10", "output_stride | 8", "| lars |", "1,437 images", "abc123", "88.1 %",
-        "91.2 %", "cosine, T = .07", "0.700", "31.2", "1 h 23 min", "12,000", "![Training curves](curves.png)",
+        "91.2 %", "**linear probe top-1, this encoder** | 96.4 %", "cosine, T = .07. Linear probe: a linear classifier",
+        "0.700", "shows first: 0.600", "31.2", "| precision | bf16 |", "1 h 23 min", "12,000",
+        "![Training curves](curves.png)",
         "grill2020bootstrap", "## Limits",
     ):  # fmt: skip
         assert text in card, text
@@ -619,7 +646,7 @@ def test_the_training_state_lies_beside_the_encoder_and_plain_timm_does_not_mind
     stranger.run("import timm; timm.create_model('hf-hub:tester/state', pretrained=True)")
 
 
-def test_what_forbids_a_push_is_told_before_training(hub, client):
+def test_what_forbids_a_push_is_told_before_training(hub, client, tmp_path):
     assert check(client, "fresh") == "tester/fresh"
     assert hub.repositories["tester/fresh"]["private"]
     assert check(client, "tester/open", public=True) == "tester/open"
@@ -641,6 +668,11 @@ def test_what_forbids_a_push_is_told_before_training(hub, client):
             check(client, **arguments)
         assert_one_line(failed, *texts)
     assert "tester/x" not in hub.repositories
+    # A run asks first of all.
+    with pytest.raises(Failed) as failed:
+        client.run(PRETRAIN, changes=dict(output_dir=str(tmp_path / "run"), push_to_hub="somebody/public"))
+    assert_one_line(failed, "tester may not write to somebody/public")
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_failing_hub_loses_nothing_and_the_message_holds_the_command(hub, client, tmp_path):

@@ -96,11 +96,13 @@ def test_resuming_drops_the_rows_of_lost_work_and_goes_on(tmp_path):
             last = log.log(dict(ROW, step=step))
     with open(tmp_path / "metrics.jsonl", "a") as file:
         file.write('{"step": 7, "lo')
-    with MetricsLog(tmp_path, total_steps=10, images_per_step=64, resume_step=4, stream=io.StringIO()) as log:
+    with MetricsLog(
+        tmp_path, total_steps=10, images_per_step=64, resume_step=4, seconds=60.0, stream=io.StringIO()
+    ) as log:
         log.log(dict(ROW, step=5))
     rows = read_metrics(tmp_path / "metrics.jsonl")
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5]
-    assert rows[-1]["seconds"] >= rows[-2]["seconds"]
+    assert rows[-2]["seconds"] < 60 <= rows[-1]["seconds"]
     assert last["step"] == 6
     assert [entry.name for entry in tmp_path.iterdir()] == ["metrics.jsonl"]
 
@@ -122,6 +124,13 @@ def test_a_torn_last_line_is_dropped(tmp_path, torn):
 
 def test_a_damaged_line_in_the_middle_is_named(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step\n{"step": 3}\n')
+    with pytest.raises(ByolTimmError, match=r"metrics\.jsonl line 2 is not a row"):
+        read_metrics(tmp_path / "metrics.jsonl")
+
+
+@pytest.mark.parametrize("line", ["5", "[]", '{"loss": 1}', '{"step": "x"}', "\xff"])
+def test_json_that_is_no_row_is_named(tmp_path, line):
+    (tmp_path / "metrics.jsonl").write_text(f'{{"step": 1}}\n{line}\n', encoding="latin-1")
     with pytest.raises(ByolTimmError, match=r"metrics\.jsonl line 2 is not a row"):
         read_metrics(tmp_path / "metrics.jsonl")
 
@@ -179,14 +188,15 @@ def test_the_tracker_gets_every_figure_with_its_step(tmp_path):
 
 
 def alarm(**settings):
-    usual = dict(opt="lars", lr=0.2, batch_size=256, batch_norm=True, color=True, target_decay=0.99)
+    usual = dict(opt="lars", lr=0.2, batch_size=256, num_rows=256, batch_norm=True, color=True, target_decay=0.99)
     return CollapseAlarm(**{**usual, **settings})
 
 
-GOOD = dict(step=1, feature_std=0.6, projection_std=0.7)
-BAD = dict(step=2, feature_std=0.6, projection_std=0.03)
-DEAD = dict(step=2, feature_std=0.0001, projection_std=0.7)
-NAN = dict(step=2, feature_std=math.nan, projection_std=0.7)
+GOOD = dict(step=1, feature_std=0.6, projection_std=0.7, effective_rank=20.0)
+BAD = dict(GOOD, step=2, projection_std=0.03)
+DEAD = dict(GOOD, step=2, feature_std=0.0001)
+NAN = dict(GOOD, step=2, feature_std=math.nan)
+FLAT = dict(GOOD, step=2, effective_rank=3.9)
 
 
 @pytest.mark.parametrize("bad", [BAD, DEAD, NAN])
@@ -202,9 +212,23 @@ def test_the_alarm_sounds_again_after_a_recovery():
     assert [watch.check(row) is not None for row in [BAD, BAD, BAD, GOOD, BAD, BAD, BAD]].count(True) == 2
 
 
+def test_a_low_rank_is_a_collapse_where_it_stays_low_and_the_batch_could_fill_more():
+    watch = alarm()
+    rows = [*[FLAT] * 9, GOOD, *[FLAT] * 20, GOOD, *[FLAT] * 10]
+    assert [place for place, row in enumerate(rows) if watch.check(row)] == [19, 40]
+    small = alarm(num_rows=16)
+    assert not any(small.check(FLAT) for _ in range(20))
+
+
+def test_a_collapse_that_shows_in_two_figures_is_told_once():
+    watch = alarm()
+    assert [watch.check(dict(BAD, effective_rank=2.0)) is not None for _ in range(20)].count(True) == 1
+
+
 @pytest.mark.parametrize(
     "settings, cause",
     [
+        (dict(lr=400.0), "--lr 400 is far too high for lars; try 1 or less"),
         (dict(opt="adamw", lr=0.2), "--lr 0.2 is of a size for LARS, and --opt is adamw"),
         (dict(target_decay=0.0), "--target_decay 0 "),
         (dict(batch_size=8), "8 images a step are few for BatchNorm"),
@@ -249,5 +273,6 @@ def test_the_alarm_hears_a_missing_predictor_and_nothing_else(backbone, opt, lr,
         byol.update_target(0.95)
         if step % 4 == 3:
             figures = {name: out[name].item() for name in ("feature_std", "projection_std")}
-            warnings.append(watch.check({"step": step, **figures}))
+            rank = effective_rank(out["representation"]).item()
+            warnings.append(watch.check({"step": step, "effective_rank": rank, **figures}))
     assert any(warnings) != predictor

@@ -230,14 +230,15 @@ def test_images_without_labels_train_and_say_so(tmp_path, caplog):
     assert encoder(torch.rand(2, 1, 32, 32)).shape == (2, 96)
 
 
-def test_a_bad_image_is_replaced_and_named_at_the_end(tmp_path, caplog):
+def test_bad_images_are_replaced_and_named_at_the_end(tmp_path, caplog):
     folder = digits_folder(tmp_path / "images", 64, labelled=True)
-    broken = folder / "3" / "3.png"
-    broken.write_bytes(broken.read_bytes()[:60])
+    for broken in (folder / "3" / "3.png", folder / "5" / "5.png"):
+        broken.write_bytes(broken.read_bytes()[:60])
     pretrain(quick(tmp_path / "run", dataset=str(folder), batch_size=16, workers=0, memory_limit=0))
-    assert "1 images could not be read" in caplog.text
-    assert "3/3.png" in caplog.text
-    with pytest.raises(ByolTimmError, match=r"3/3\.png"):
+    assert "2 images could not be read" in caplog.text and "bad_images.txt" in caplog.text
+    named = (tmp_path / "run" / "bad_images.txt").read_text().splitlines()
+    assert sorted(line.partition(": ")[0] for line in named) == ["3/3.png", "5/5.png"]
+    with pytest.raises(ByolTimmError, match=r"3/3\.png|5/5\.png"):
         pretrain(quick(tmp_path / "other", dataset=str(folder), batch_size=16, on_bad_image="error"))
 
 
@@ -342,6 +343,46 @@ def test_a_signal_in_the_last_evaluation_is_no_end_of_the_run(run, tmp_path, mon
     assert weights(tmp_path / "run") == weights(run[0])
     results = [json.loads((folder / "results.json").read_text())["results"] for folder in (tmp_path / "run", run[0])]
     assert results[0] == results[1]
+
+
+def test_what_is_missing_from_a_finished_run_is_written_again_as_far_as_it_is_known(run, tmp_path, caplog):
+    folder = shutil.copytree(run[0], tmp_path / "run")
+    for name in ("metrics.jsonl", "results.json", "config.yaml", "environment.json", "curves.png", "report.html"):
+        (folder / name).unlink()
+    shutil.rmtree(folder / "encoder")
+    pretrain(quick(folder, resume=True))
+    assert weights(folder) == weights(run[0])
+    assert "metrics.jsonl has no figures of steps 1 to 5: curves and results go without" in caplog.text
+    now, then = (json.loads((place / "results.json").read_text()) for place in (folder, run[0]))
+    assert {name: now["results"].get(name) for name in then["results"]} == {**then["results"], "knn_random": None}
+    assert now["health"] == {} and now["seconds"] > load_latest(folder / "checkpoints").state["seconds"] > 0
+    assert {path.name for path in folder.iterdir()} == {path.name for path in run[0].iterdir()}
+
+    unlabelled = dict(dataset=str(digits_folder(tmp_path / "images", 256, labelled=False)))
+    pretrain(quick(tmp_path / "other", **unlabelled))
+    (tmp_path / "other" / "metrics.jsonl").unlink()
+    pretrain(quick(tmp_path / "other", resume=True, **unlabelled))
+    assert read_metrics(tmp_path / "other" / "metrics.jsonl") == []
+
+
+def test_a_finished_run_without_checkpoints_is_not_trained_anew(run, tmp_path):
+    folder = shutil.copytree(run[0], tmp_path / "run")
+    shutil.rmtree(folder / "checkpoints")
+    with pytest.raises(ByolTimmError, match=r"has an encoder and no checkpoint to go on from\. Discard .* --overwrite"):
+        pretrain(quick(folder, resume=True))
+    assert weights(folder) == weights(run[0])
+
+
+@pytest.mark.parametrize("name", ["README.md", "config.json"])
+def test_what_is_damaged_in_a_finished_encoder_is_named(run, tmp_path, name):
+    folder = shutil.copytree(run[0], tmp_path / "run")
+    damaged = folder / "encoder" / name
+    damaged.unlink()
+    if name == "README.md":
+        damaged.write_bytes(b"My w\xf6rds.")
+    with pytest.raises(ByolTimmError, match=r"is not UTF-8 text|is no encoder folder\. Move it away") as caught:
+        pretrain(quick(folder, resume=True))
+    assert str(folder / "encoder") in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_images_of_one_pixel_train_with_a_word_about_them(tmp_path, caplog):
