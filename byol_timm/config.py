@@ -61,6 +61,10 @@ class PretrainConfig:
     """Data loading processes for images that do not fit in memory; None: one per core, at most 8."""
     memory_limit: float = 2.0
     """Images of one shape are held decoded in memory up to this many GB."""
+    decoded_cache: str | None = None
+    """Folder where all images to train on are kept decoded, on a fast disk: decoded once, not in every epoch."""
+    decoded_side: int | None = None
+    """With --decoded_cache: shrink images to this shorter side, to save room; None: keep them as they are."""
     streaming: bool = False
     """Read parquet, arrow or tar (webdataset) shards, here or on the Hub, bit by bit and without a copy on disk."""
     shuffle_buffer: int | None = None

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from .augment import TwoViews
 from .byol import BYOL, HEALTH, target_decay
+from .cache import open_cache
 from .card import redact
 from .checkpoint import (
     Checkpoint,
@@ -73,7 +74,7 @@ logger = logging.getLogger(__name__)
 # What may differ between a run and its continuation; everything else decides what the weights become.
 MAY_CHANGE = frozenset(
     "batch_size output_dir save_every log_every knn_every resume overwrite max_time on_collapse report_to push_to_hub "
-    "public license push_training_state dry_run debug workers memory_limit on_bad_image".split()
+    "public license push_training_state dry_run debug workers memory_limit decoded_cache on_bad_image".split()
 )
 # What decides the shapes of projector and predictor.
 HEADS = ("hidden_dim", "projection_dim", "num_head_layers")
@@ -151,6 +152,8 @@ def pretrain(config: PretrainConfig) -> nn.Module:
                 _save_example_views(splits.bank, views, folder / "views.png")
             _rehearse(settings, schedule, splits, views, byol, optimizer, frozen, accelerator)
             logger.info("\ndry run: nothing is kept but the views, in %s", folder / "views.png")
+            if settings.decoded_cache is not None:
+                logger.info("images were decoded as they came; the run itself reads them from --decoded_cache")
             return encoder.eval()
 
         # Where training stands.
@@ -187,7 +190,8 @@ def pretrain(config: PretrainConfig) -> nn.Module:
             accelerator.scaler.load_state_dict(saved["scaler"])
 
         # What reads, watches and writes.
-        batches = _open_batches(settings, schedule, splits, views.cut, accelerator, step)
+        decoded = _decoded(settings, splits, interruption, step)
+        batches = _open_batches(settings, schedule, decoded, views.cut, accelerator, step)
         stack.callback(batches.close)
         two_views = Prepare(views, accelerator.device, settings.channels_last)
         alarm = CollapseAlarm(
@@ -608,6 +612,28 @@ def _resume(
         probe.restore(checkpoint.tensors["probe"])
     logger.info("resumed from %s", checkpoint.path)
     return checkpoint.step, state
+
+
+def _decoded(
+    config: Any, splits: Splits | StreamSplits, interruption: Interruption, step: int
+) -> Splits | StreamSplits:
+    """The same splits, the images to train on decoded already where the settings ask for it."""
+    if config.decoded_cache is None or isinstance(splits, StreamSplits):
+        return splits
+
+    def poll() -> None:
+        if interruption.requested is not None:
+            raise Interrupted(interruption.requested, step)
+
+    train = open_cache(
+        splits.train,
+        config.decoded_cache,
+        side=config.decoded_side,
+        workers=config.workers,
+        on_bad_image=config.on_bad_image,
+        poll=poll,
+    )
+    return dataclasses.replace(splits, train=train)
 
 
 def _open_batches(
