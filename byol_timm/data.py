@@ -57,6 +57,13 @@ class Batch:
     crops: Tensor | None
     ordinals: Tensor
 
+    def to(self, device: torch.device) -> "Batch":
+        """The same with its pixels on that device; what is pinned travels while other work goes on."""
+        images, crops = (
+            None if pixels is None else pixels.to(device, non_blocking=True) for pixels in (self.images, self.crops)
+        )
+        return Batch(images, crops, self.ordinals)
+
 
 def epoch_order(seed: int, epoch: int, n: int) -> Tensor:
     """The order of `n` images in that epoch, an int64 permutation."""
@@ -217,6 +224,33 @@ def check_batch(num_images: int, batch_size: int, global_batch: int, world: int)
             f"dataset has {num_images} images but the global batch is {global_batch} ({product}). "
             "lower --batch_size, the processes or the accumulation"
         )
+
+
+def copied_ahead(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
+    """The same endless batches; to a CUDA device each travels while the one before it is worked on.
+
+    Only an error of reading then comes one batch earlier.
+    """
+    return _copied_ahead(batches, device) if device.type == "cuda" else batches
+
+
+def _copied_ahead(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
+    stream = torch.cuda.Stream(device)
+
+    def copied(batch: Batch) -> tuple[Batch, torch.cuda.Event]:
+        with torch.cuda.stream(stream):
+            return batch.to(device), stream.record_event()
+
+    ahead = copied(next(batches))
+    for following in batches:
+        (batch, arrived), ahead = ahead, copied(following)
+        current = torch.cuda.current_stream(device)
+        current.wait_event(arrived)
+        for pixels in (batch.images, batch.crops):
+            if pixels is not None:
+                # Its memory belongs to the other stream, which must not use it again before this one is done.
+                pixels.record_stream(current)
+        yield batch
 
 
 class BadImages(dict[int, str]):

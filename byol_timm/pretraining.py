@@ -33,7 +33,7 @@ from .checkpoint import (
     restore_optimizer,
 )
 from .config import PretrainConfig, parse, to_yaml
-from .data import Batch, TrainingBatches, share_indices
+from .data import Batch, TrainingBatches, copied_ahead, share_indices
 from .decoding import BadImage
 from .defaults import (
     check,
@@ -229,7 +229,7 @@ def pretrain(config: PretrainConfig) -> nn.Module:
         since_log = torch.tensor(saved.get("since_log", [0.0] * len(FIGURES)), dtype=torch.float64).to(
             accelerator.device
         )
-        stream, skipped = iter(batches), 0
+        stream, skipped = copied_ahead(iter(batches), accelerator.device), 0
         while True:
             if held_out is not None and schedule.evaluates(step, settings.knn_every) and step not in evaluated:
                 accuracies = held_out.evaluate(encoder, probe if step else None, interruption)
@@ -528,7 +528,7 @@ def _rehearse(
     seconds: list[float] = []
     count = 1
     with contextlib.closing(_open_batches(config, schedule, splits, views.cut, accelerator, 0)) as batches:
-        stream = iter(batches)
+        stream = copied_ahead(iter(batches), accelerator.device)
         while len(seconds) < count:
             start = time.perf_counter()
             micro_batches, failure = _read(stream, accelerator.gradient_accumulation_steps)
@@ -677,12 +677,11 @@ class Prepare:
         self.last: tuple[Tensor, Tensor] | None = None
 
     def __call__(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        batch = batch.to(self.device)
         if batch.images is not None:
-            images = batch.images.to(self.device, non_blocking=True)
-            self.last = self.views(images, batch.ordinals, out=self.last)
+            self.last = self.views(batch.images, batch.ordinals, out=self.last)
         elif batch.crops is not None:
-            crops = batch.crops.to(self.device, non_blocking=True)
-            self.last = self.views.finish(crops, batch.ordinals, out=self.last)
+            self.last = self.views.finish(batch.crops, batch.ordinals, out=self.last)
         view1, view2 = (view.contiguous(memory_format=self.layout) for view in self.last or ())
         return view1, view2
 
