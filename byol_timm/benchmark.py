@@ -27,13 +27,13 @@ from torch import Tensor, nn
 
 from .augment import AUGMENTATIONS, TwoViews
 from .byol import BYOL
-from .data import Batch, TrainingBatches
+from .data import Batch, TrainingBatches, copied_ahead
 from .defaults import has_convolutions
 from .encoder import create_encoder, encoder_width
 from .errors import ByolTimmError
 from .launch import create_accelerator, prepare
 from .optim import create_optimizer
-from .peers import STEPS, TAKES_BATCHES, VIEWS
+from .peers import STEPS, TAKE_CHANNELS_LAST, TAKES_BATCHES, VIEWS
 from .pretraining import Prepare, train_step
 from .sources import Images
 
@@ -55,6 +55,7 @@ class Part:
     unit: Literal["images/s", "s", "GB"]
     reference: str
     costs: Mapping[str, Sequence[float]]
+    note: str = ""
 
     def value(self, name: str) -> float:
         """The median of a candidate, in the unit."""
@@ -73,7 +74,8 @@ class Part:
             for name in self.costs
         ]
         measure = "memory" if self.unit == "GB" else "time"
-        return "\n".join([f"{self.title}; {measure} relative to {self.reference}", *lines, ""])
+        lines = [f"{self.title}; {measure} relative to {self.reference}", *lines]
+        return "\n".join([*lines, *([f"  {self.note}"] if self.note else []), ""])
 
 
 @dataclass(frozen=True)
@@ -233,7 +235,9 @@ def build_step(name: str, workload: Workload, device: torch.device) -> Work:
     """The named candidate for a step, on views of its own."""
     torch.manual_seed(0)
     encoder = create_encoder(workload.backbone, image_size=workload.image_size).to(device)
-    layout = torch.contiguous_format if name in STEPS else _layout(encoder)
+    as_it_comes = name in STEPS and name not in TAKE_CHANNELS_LAST
+    layout = torch.contiguous_format if as_it_comes else _layout(encoder)
+    encoder.to(memory_format=layout)
     view1, view2 = _given_views(workload, device, layout)
     if name in STEPS:
         take = STEPS[name](encoder, encoder_width(encoder), workload.hidden_dim, workload.image_size)
@@ -276,31 +280,35 @@ def _our_step(byol: BYOL, workload: Workload) -> Callable[[Tensor, Tensor], None
     return take
 
 
-def loader(images: Images, workload: Workload, timing: Timing, *, workers: int | None) -> Part:
-    """Batches as training gets them, against the decoding of every image in this process alone."""
+@dataclass(frozen=True)
+class Reading:
+    """How images come: the processes that decode, and the bytes of images of one shape that may be held decoded."""
+
+    workers: int | None = None
+    memory_limit: float = 2 * 2**30
+
+
+def loader(images: Images, workload: Workload, timing: Timing, *, files: Images, reading: Reading) -> Part:
+    """Batches as training gets them, against the decoding of every image's file in this process alone."""
     turn = itertools.count()
-    with _batches(images, workload, workers) as batches:
+    with _batches(images, workload, reading) as batches:
         stream = iter(batches)
 
         def decode() -> int:
-            images.decode(next(turn) % len(images))
+            files.decode(next(turn) % len(files))
             return 1
 
         def load() -> int:
             return len(next(stream).ordinals)
 
-        name = f"{OURS}, from memory" if batches.in_memory else f"{OURS}, decoded and cut by workers"
+        way = "decoded and cut" if images is files else "cut from a decoded cache"
+        name = f"{OURS}, {'from memory' if batches.in_memory else way}"
         costs = interleaved({"decoding": decode, name: load}, timing, before=lambda: _empty(batches, stream))
     return Part(f"batches of {images.name}", "images/s", "decoding", costs)
 
 
-def loop(
-    images: Images, workload: Workload, timing: Timing, *, workers: int | None, device: torch.device
-) -> tuple[Part, float]:
-    """Training from files to weights, against the same step fed with the same views over and over.
-
-    Besides, the share of its time that the loop waits for images.
-    """
+def loop(images: Images, workload: Workload, timing: Timing, *, reading: Reading, device: torch.device) -> Part:
+    """Training from files to weights, against the same step fed with the same views over and over."""
     torch.manual_seed(0)
     encoder = create_encoder(workload.backbone, image_size=workload.image_size)
     layout = _layout(encoder)
@@ -309,8 +317,8 @@ def loop(
     two_views = Prepare(_two_views(workload), device, channels_last=has_convolutions(encoder))
     given = _given_views(workload, device, layout)
     waited = total = 0.0
-    with _batches(images, workload, workers) as batches:
-        stream = iter(batches)
+    with _batches(images, workload, reading) as batches:
+        stream = copied_ahead(iter(batches), device)
 
         def on_given() -> int:
             take(*given)
@@ -327,7 +335,8 @@ def loop(
 
         candidates = {"given views": on_given, OURS: on_images}
         costs = interleaved(candidates, timing, before=lambda: _empty(batches, stream))
-    return Part(f"training on {images.name}: {workload}", "images/s", "given views", costs), waited / total
+    note = f"the loop waits for images {waited / total:.1%} of its time"
+    return Part(f"training on {images.name}: {workload}", "images/s", "given views", costs, note)
 
 
 def memory(workload: Workload, *, against: Sequence[str] = (), device: torch.device) -> Part:
@@ -416,13 +425,14 @@ def _layout(encoder: nn.Module) -> torch.memory_format:
     return torch.channels_last if has_convolutions(encoder) else torch.contiguous_format
 
 
-def _batches(images: Images, workload: Workload, workers: int | None) -> TrainingBatches:
+def _batches(images: Images, workload: Workload, reading: Reading) -> TrainingBatches:
     return TrainingBatches(
         images,
         batch_size=workload.batch_size,
         global_batch=workload.batch_size,
         cut=_two_views(workload).cut,
-        workers=workers,
+        workers=reading.workers,
+        memory_limit=reading.memory_limit,
     )
 
 

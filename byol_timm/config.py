@@ -61,12 +61,18 @@ class PretrainConfig:
     """Data loading processes for images that do not fit in memory; None: one per core, at most 8."""
     memory_limit: float = 2.0
     """Images of one shape are held decoded in memory up to this many GB."""
+    decoded_cache: str | None = None
+    """Folder where all images to train on are kept decoded, on a fast disk: decoded once, not in every epoch."""
+    decoded_side: int | None = None
+    """With --decoded_cache: shrink images to this shorter side, to save room; None: keep them as they are."""
     streaming: bool = False
     """Read parquet, arrow or tar (webdataset) shards, here or on the Hub, bit by bit and without a copy on disk."""
     shuffle_buffer: int | None = None
     """With --streaming: images that are held in memory, encoded, to shuffle them; None: 10,000."""
     num_images: int | None = None
     """With --streaming: how many images the split has, where its files do not say."""
+    fast_jpeg: bool = False
+    """Decode JPEG at a half to an eighth where crops stay twice the views' size: for large photos; other bits."""
     on_bad_image: Literal["skip", "error"] = "skip"
     """An image that cannot be read is replaced by another one and counted, or ends the run."""
 

@@ -116,7 +116,7 @@ def is_patch_transformer(encoder: nn.Module) -> bool:
 def check(config: PretrainConfig) -> None:
     """Refuse values that no run can have, before anything is read."""
     positive = ("image_size", "in_chans", "epochs", "batch_size", "hidden_dim", "projection_dim", "save_every")
-    for name in (*positive, "log_every", "knn_every", "max_time", "shuffle_buffer", "num_images"):
+    for name in (*positive, "log_every", "knn_every", "max_time", "shuffle_buffer", "num_images", "decoded_side"):
         value = getattr(config, name)
         if value is not None and value <= 0:
             raise ByolTimmError(f"--{name} must be positive ({value})")
@@ -145,6 +145,12 @@ def check(config: PretrainConfig) -> None:
             f"--memory_limit ({config.memory_limit:g}) is for decoded images and --streaming holds none. "
             "Use --shuffle_buffer"
         )
+    if config.streaming and config.decoded_cache is not None:
+        raise ByolTimmError(f"--decoded_cache ({config.decoded_cache}) holds all images. Leave out --streaming")
+    if config.fast_jpeg and config.decoded_cache is not None:
+        raise ByolTimmError("--fast_jpeg saves nothing where images are decoded once. Leave out --decoded_cache")
+    if config.decoded_side is not None and config.decoded_cache is None:
+        raise ByolTimmError(f"--decoded_side ({config.decoded_side}) is for --decoded_cache. Name a folder with that")
     if config.num_head_layers not in (None, 2, 3):
         raise ByolTimmError(f"--num_head_layers is 2 or 3 ({config.num_head_layers})")
 

@@ -7,7 +7,7 @@ import hashlib
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from .augment import TwoViews
 from .byol import BYOL, HEALTH, target_decay
+from .cache import open_cache
 from .card import redact
 from .checkpoint import (
     Checkpoint,
@@ -32,7 +33,7 @@ from .checkpoint import (
     restore_optimizer,
 )
 from .config import PretrainConfig, parse, to_yaml
-from .data import Batch, TrainingBatches, share_indices
+from .data import Batch, TrainingBatches, copied_ahead, share_indices
 from .decoding import BadImage
 from .defaults import (
     check,
@@ -73,7 +74,7 @@ logger = logging.getLogger(__name__)
 # What may differ between a run and its continuation; everything else decides what the weights become.
 MAY_CHANGE = frozenset(
     "batch_size output_dir save_every log_every knn_every resume overwrite max_time on_collapse report_to push_to_hub "
-    "public license push_training_state dry_run debug workers memory_limit on_bad_image".split()
+    "public license push_training_state dry_run debug workers memory_limit decoded_cache on_bad_image".split()
 )
 # What decides the shapes of projector and predictor.
 HEADS = ("hidden_dim", "projection_dim", "num_head_layers")
@@ -153,6 +154,8 @@ def pretrain(config: PretrainConfig) -> nn.Module:
                 _save_example_views(splits.bank, views, folder / "views.png")
             _rehearse(settings, schedule, splits, views, byol, optimizer, frozen, accelerator)
             logger.info("\ndry run: nothing is kept but the views, in %s", folder / "views.png")
+            if settings.decoded_cache is not None:
+                logger.info("images were decoded as they came; the run itself reads them from --decoded_cache")
             return encoder.eval()
 
         # Where training stands.
@@ -189,7 +192,8 @@ def pretrain(config: PretrainConfig) -> nn.Module:
             accelerator.scaler.load_state_dict(saved["scaler"])
 
         # What reads, watches and writes.
-        batches = _open_batches(settings, schedule, splits, views.cut, accelerator, step)
+        decoded = _decoded(settings, splits, interruption, step)
+        batches = _open_batches(settings, schedule, decoded, views, accelerator, step)
         stack.callback(batches.close)
         two_views = Prepare(views, accelerator.device, settings.channels_last)
         alarm = CollapseAlarm(
@@ -230,7 +234,7 @@ def pretrain(config: PretrainConfig) -> nn.Module:
         since_log = torch.tensor(saved.get("since_log", [0.0] * len(FIGURES)), dtype=torch.float64).to(
             accelerator.device
         )
-        stream, skipped = iter(batches), 0
+        stream, skipped = copied_ahead(iter(batches), accelerator.device), 0
         while True:
             if held_out is not None and schedule.evaluates(step, settings.knn_every) and step not in evaluated:
                 accuracies = held_out.evaluate(encoder, probe if step else None, interruption)
@@ -543,8 +547,8 @@ def _rehearse(
     two_views = Prepare(views, accelerator.device, config.channels_last)
     seconds: list[float] = []
     count = 1
-    with contextlib.closing(_open_batches(config, schedule, splits, views.cut, accelerator, 0)) as batches:
-        stream = iter(batches)
+    with contextlib.closing(_open_batches(config, schedule, splits, views, accelerator, 0)) as batches:
+        stream = copied_ahead(iter(batches), accelerator.device)
         while len(seconds) < count:
             start = time.perf_counter()
             micro_batches, failure = _read(stream, accelerator.gradient_accumulation_steps)
@@ -638,11 +642,33 @@ def _resume(
     return checkpoint.step, state
 
 
+def _decoded(
+    config: Any, splits: Splits | StreamSplits, interruption: Interruption, step: int
+) -> Splits | StreamSplits:
+    """The same splits, the images to train on decoded already where the settings ask for it."""
+    if config.decoded_cache is None or isinstance(splits, StreamSplits):
+        return splits
+
+    def poll() -> None:
+        if interruption.requested is not None:
+            raise Interrupted(interruption.requested, step)
+
+    train = open_cache(
+        splits.train,
+        config.decoded_cache,
+        side=config.decoded_side,
+        workers=config.workers,
+        on_bad_image=config.on_bad_image,
+        poll=poll,
+    )
+    return dataclasses.replace(splits, train=train)
+
+
 def _open_batches(
     config: Any,
     schedule: Schedule,
     splits: Splits | StreamSplits,
-    cut: Callable[[Tensor, int], Tensor],
+    views: TwoViews,
     accelerator: Accelerator,
     step: int,
 ) -> TrainingBatches | StreamBatches:
@@ -653,7 +679,8 @@ def _open_batches(
         world=accelerator.num_processes,
         seed=config.seed,
         start_step=step,
-        cut=cut,
+        cut=views.cut,
+        reduction=views.reduction if config.fast_jpeg else None,
         workers=config.workers,
         on_bad_image=config.on_bad_image,
     )
@@ -679,12 +706,11 @@ class Prepare:
         self.last: tuple[Tensor, Tensor] | None = None
 
     def __call__(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        batch = batch.to(self.device)
         if batch.images is not None:
-            images = batch.images.to(self.device, non_blocking=True)
-            self.last = self.views(images, batch.ordinals, out=self.last)
+            self.last = self.views(batch.images, batch.ordinals, out=self.last)
         elif batch.crops is not None:
-            crops = batch.crops.to(self.device, non_blocking=True)
-            self.last = self.views.finish(crops, batch.ordinals, out=self.last)
+            self.last = self.views.finish(batch.crops, batch.ordinals, out=self.last)
         view1, view2 = (view.contiguous(memory_format=self.layout) for view in self.last or ())
         return view1, view2
 

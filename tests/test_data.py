@@ -1,3 +1,4 @@
+import itertools
 import logging
 import multiprocessing
 import os
@@ -13,7 +14,7 @@ from pictures import VIEWS, digits_table, one_line, photo, take, write_folder
 
 from byol_timm import data
 from byol_timm.augment import EvaluationTransform
-from byol_timm.data import TrainingBatches, epoch_order, evaluation_batches, load_pixels, subset_indices
+from byol_timm.data import TrainingBatches, copied_ahead, epoch_order, evaluation_batches, load_pixels, subset_indices
 from byol_timm.decoding import BadImage
 from byol_timm.errors import ByolTimmError
 from byol_timm.sources import open_dataset
@@ -138,6 +139,47 @@ def test_evaluation_gives_every_image_in_order(photos):
     assert found.tolist() == indices.tolist() and pixels.dtype == torch.uint8
     assert torch.equal(pixels, torch.cat([part for part, _ in batches]))
     assert torch.equal(pixels[3], transform(images.decode(int(indices[3]))))
+
+
+def test_reduced_decoding_changes_only_crops_that_are_shrunk_and_these_a_little(tmp_path):
+    # Of the small ones no crop is shrunk, of the large ones every crop by a factor of four and more.
+    sizes = [(20, 16), (400, 300)]
+    write_folder(tmp_path, [f"{place}.jpg" for place in range(20)], lambda place: photo(*sizes[place % 2], place))
+    images = open_dataset(str(tmp_path)).train
+    settings = dict(batch_size=20, global_batch=20, cut=VIEWS.cut, memory_limit=0, workers=0)
+    [exact] = take(TrainingBatches(images, **settings), 1)
+    [reduced] = take(TrainingBatches(images, reduction=VIEWS.reduction, **settings), 1)
+    assert torch.equal(exact.ordinals, reduced.ordinals)
+    difference = (exact.crops.int() - reduced.crops.int()).abs()
+    small = exact.ordinals % 2 == 0
+    assert difference[small].max() == 0
+    assert all(0 < float(crops.float().mean()) < 6 for crops in difference[~small])
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("memory_limit", [0, 2**30])
+def test_batches_travel_ahead_to_a_gpu_as_they_are(photos, memory_limit):
+    images, device = open_dataset(photos).train, torch.device("cuda")
+    settings = dict(batch_size=10, global_batch=10, cut=VIEWS.cut, workers=0, memory_limit=memory_limit)
+    sent = []
+    with TrainingBatches(images, **settings) as batches:
+        for batch in itertools.islice(copied_ahead(iter(batches), device), 40):
+            pixels = batch.images if batch.crops is None else batch.crops
+            assert pixels.device.type == "cuda" and batch.ordinals.device.type == "cpu"
+            # Work that is still waiting when the memory of the batch is let go of.
+            torch.cuda._sleep(10**6)
+            sent.append((pixels.int().sum(), batch.ordinals))
+    for (total, ordinals), batch in zip(sent, take(TrainingBatches(images, **settings), 40), strict=True):
+        assert torch.equal(ordinals, batch.ordinals)
+        assert total.item() == (batch.images if batch.crops is None else batch.crops).int().sum().item()
+
+
+def test_on_a_cpu_batches_are_handed_on_untouched(photos):
+    with TrainingBatches(open_dataset(photos).train, batch_size=10, global_batch=10, cut=VIEWS.cut) as batches:
+        stream = iter(batches)
+        assert copied_ahead(stream, torch.device("cpu")) is stream
+        batch = next(stream)
+        assert batch.to(torch.device("cpu")).images is batch.images
 
 
 # Bad images

@@ -17,7 +17,7 @@ LAYERS = [
     ["sources"],
     ["config", "augment", "data", "shards", "optim", "checkpoint", "metrics", "interruption", "card", "encoder",
      "launch", "peers"],
-    ["byol", "hub", "defaults", "report", "streaming"],
+    ["byol", "hub", "defaults", "report", "streaming", "cache"],
     ["evaluation", "convert", "fidelity"],
     ["summary", "monitor", "extraction"],
     ["pretraining"],

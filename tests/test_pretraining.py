@@ -287,12 +287,15 @@ def test_a_transformer_trains_with_its_own_defaults(tmp_path):
     assert "opt: adamw" in chosen and "num_head_layers: 3" in chosen and "- stem" in chosen
 
 
-def test_large_images_go_through_workers_to_the_same_weights_as_in_process(tmp_path):
+def test_images_go_through_workers_and_a_decoded_cache_to_the_same_weights_as_in_process(tmp_path):
     folder = digits_folder(tmp_path / "images", 40, labelled=False)
     settings = dict(dataset=str(folder), batch_size=8, memory_limit=0)
     pretrain(quick(tmp_path / "none", workers=0, **settings))
     pretrain(quick(tmp_path / "two", workers=2, **settings))
-    assert weights(tmp_path / "none") == weights(tmp_path / "two")
+    pretrain(quick(tmp_path / "cached", workers=0, decoded_cache=str(tmp_path / "decoded"), **settings))
+    assert weights(tmp_path / "none") == weights(tmp_path / "two") == weights(tmp_path / "cached")
+    [pixels] = (tmp_path / "decoded").glob("*/pixels.bin")
+    assert pixels.stat().st_size == 40 * 3 * 8 * 8
 
 
 def test_dry_run_trains_nothing_and_shows_the_views(tmp_path):
@@ -459,6 +462,12 @@ def test_a_training_state_that_does_not_fit_is_refused_in_one_line(run, tmp_path
         (dict(report_to=("tensorbord",)), "unknown tracker 'tensorbord'"),
         (dict(report_to=("aim",)), "aim needs a package that is not installed"),
         (dict(warmup_epochs=1.0), "--warmup_epochs 1"),
+        (
+            dict(decoded_cache="cache", streaming=True),
+            r"--decoded_cache \(cache\) holds all images. Leave out --streaming",
+        ),
+        (dict(decoded_cache="cache", fast_jpeg=True), "--fast_jpeg saves nothing"),
+        (dict(decoded_side=64), r"--decoded_side \(64\) is for --decoded_cache"),
         (dict(image_share=0.5, streaming=True), r"--image_share \(0\.5\) needs all images. Leave out --streaming"),
         (dict(image_share=0.0), r"--image_share must lie above 0 and be at most 1 \(0\.0\)"),
         (dict(epochs=-1), r"--epochs must be positive \(-1\)"),
