@@ -99,12 +99,13 @@ AUGMENTATIONS: dict[str, Augmentation] = {
     "torchvision": replace(_PAPER, colors="torchvision"),
     # Up to 64 px: without blur, as the CIFAR recipes of solo-learn and lightly.
     "small": replace(_PAPER, blur=(0.0, 0.0)),
-    # Written characters: nothing that turns one into another (flips, small crops), strokes slanted and inked unevenly.
+    # Written characters: nothing that turns one into another, so no flips and no small crops; they have no colour.
     "digits": replace(
         _PAPER,
-        crop_scale=(0.5, 1.0),
-        rotate=12.0,
+        crop_scale=(0.75, 1.0),
+        rotate=6.0,
         flip=0.0,
+        jitter=0.0,
         saturation=0.0,
         hue=0.0,
         grayscale=0.0,
