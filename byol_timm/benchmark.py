@@ -27,13 +27,13 @@ from torch import Tensor, nn
 
 from .augment import AUGMENTATIONS, TwoViews
 from .byol import BYOL
-from .data import Batch, TrainingBatches
+from .data import Batch, TrainingBatches, copied_ahead
 from .defaults import has_convolutions
 from .encoder import create_encoder, encoder_width
 from .errors import ByolTimmError
 from .launch import create_accelerator, prepare
 from .optim import create_optimizer
-from .peers import STEPS, TAKES_BATCHES, VIEWS
+from .peers import STEPS, TAKE_CHANNELS_LAST, TAKES_BATCHES, VIEWS
 from .pretraining import Prepare, train_step
 from .sources import Images
 
@@ -55,6 +55,7 @@ class Part:
     unit: Literal["images/s", "s", "GB"]
     reference: str
     costs: Mapping[str, Sequence[float]]
+    note: str = ""
 
     def value(self, name: str) -> float:
         """The median of a candidate, in the unit."""
@@ -73,7 +74,8 @@ class Part:
             for name in self.costs
         ]
         measure = "memory" if self.unit == "GB" else "time"
-        return "\n".join([f"{self.title}; {measure} relative to {self.reference}", *lines, ""])
+        lines = [f"{self.title}; {measure} relative to {self.reference}", *lines]
+        return "\n".join([*lines, *([f"  {self.note}"] if self.note else []), ""])
 
 
 @dataclass(frozen=True)
@@ -233,7 +235,9 @@ def build_step(name: str, workload: Workload, device: torch.device) -> Work:
     """The named candidate for a step, on views of its own."""
     torch.manual_seed(0)
     encoder = create_encoder(workload.backbone, image_size=workload.image_size).to(device)
-    layout = torch.contiguous_format if name in STEPS else _layout(encoder)
+    as_it_comes = name in STEPS and name not in TAKE_CHANNELS_LAST
+    layout = torch.contiguous_format if as_it_comes else _layout(encoder)
+    encoder.to(memory_format=layout)
     view1, view2 = _given_views(workload, device, layout)
     if name in STEPS:
         take = STEPS[name](encoder, encoder_width(encoder), workload.hidden_dim, workload.image_size)
@@ -276,31 +280,27 @@ def _our_step(byol: BYOL, workload: Workload) -> Callable[[Tensor, Tensor], None
     return take
 
 
-def loader(images: Images, workload: Workload, timing: Timing, *, workers: int | None) -> Part:
-    """Batches as training gets them, against the decoding of every image in this process alone."""
+def loader(images: Images, workload: Workload, timing: Timing, *, files: Images, workers: int | None) -> Part:
+    """Batches as training gets them, against the decoding of every image's file in this process alone."""
     turn = itertools.count()
     with _batches(images, workload, workers) as batches:
         stream = iter(batches)
 
         def decode() -> int:
-            images.decode(next(turn) % len(images))
+            files.decode(next(turn) % len(files))
             return 1
 
         def load() -> int:
             return len(next(stream).ordinals)
 
-        name = f"{OURS}, from memory" if batches.in_memory else f"{OURS}, decoded and cut by workers"
+        kept = "from memory" if batches.in_memory else "decoded and cut by workers"
+        name = f"{OURS}, {kept if images is files else 'cut from a decoded cache'}"
         costs = interleaved({"decoding": decode, name: load}, timing, before=lambda: _empty(batches, stream))
     return Part(f"batches of {images.name}", "images/s", "decoding", costs)
 
 
-def loop(
-    images: Images, workload: Workload, timing: Timing, *, workers: int | None, device: torch.device
-) -> tuple[Part, float]:
-    """Training from files to weights, against the same step fed with the same views over and over.
-
-    Besides, the share of its time that the loop waits for images.
-    """
+def loop(images: Images, workload: Workload, timing: Timing, *, workers: int | None, device: torch.device) -> Part:
+    """Training from files to weights, against the same step fed with the same views over and over."""
     torch.manual_seed(0)
     encoder = create_encoder(workload.backbone, image_size=workload.image_size)
     layout = _layout(encoder)
@@ -310,7 +310,7 @@ def loop(
     given = _given_views(workload, device, layout)
     waited = total = 0.0
     with _batches(images, workload, workers) as batches:
-        stream = iter(batches)
+        stream = copied_ahead(iter(batches), device)
 
         def on_given() -> int:
             take(*given)
@@ -327,7 +327,8 @@ def loop(
 
         candidates = {"given views": on_given, OURS: on_images}
         costs = interleaved(candidates, timing, before=lambda: _empty(batches, stream))
-    return Part(f"training on {images.name}: {workload}", "images/s", "given views", costs), waited / total
+    note = f"the loop waits for images {waited / total:.1%} of its time"
+    return Part(f"training on {images.name}: {workload}", "images/s", "given views", costs, note)
 
 
 def memory(workload: Workload, *, against: Sequence[str] = (), device: torch.device) -> Part:

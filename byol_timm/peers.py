@@ -153,11 +153,50 @@ def byol_pytorch_step(encoder: nn.Module, width: int, hidden_dim: int, image_siz
     return step
 
 
+def solo_learn_step(encoder: nn.Module, width: int, hidden_dim: int, image_size: int) -> Step:
+    """Its loss, optimizer and target network; without the classifier that it trains alongside."""
+    from solo.losses.byol import byol_loss_func
+    from solo.utils.lars import LARSWrapper
+    from solo.utils.momentum import MomentumUpdater, initialize_momentum_params
+
+    def head(inputs: int) -> nn.Module:
+        return nn.Sequential(
+            nn.Linear(inputs, hidden_dim), nn.BatchNorm1d(hidden_dim), nn.ReLU(), nn.Linear(hidden_dim, 256)
+        )
+
+    projector, predictor = head(width), head(256)
+    pairs = [(network, copy.deepcopy(network)) for network in (encoder, projector)]
+    for online, momentum in pairs:
+        initialize_momentum_params(online, momentum)
+    (_, momentum_encoder), (_, momentum_projector) = pairs
+    parameters = [*encoder.parameters(), *projector.parameters(), *predictor.parameters()]
+    sgd = torch.optim.SGD(parameters, lr=0.1, momentum=0.9, weight_decay=1.5e-6)
+    optimizer = LARSWrapper(sgd, exclude_bias_n_norm=True)
+    updater = MomentumUpdater(0.99)
+
+    def step(view1: Tensor, view2: Tensor) -> None:
+        features = [encoder(view) for view in (view1, view2)]
+        with torch.no_grad():
+            momentum_features = [momentum_encoder(view) for view in (view1, view2)]
+        first, second = (predictor(projector(feature)) for feature in features)
+        with torch.no_grad():
+            target1, target2 = (momentum_projector(feature) for feature in momentum_features)
+        loss = byol_loss_func(second, target1) + byol_loss_func(first, target2)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        for online, momentum in pairs:
+            updater.update(online, momentum)
+
+    return step
+
+
 MODULES = {
     "lightly": "lightly.transforms",
     "torchvision": "torchvision.transforms.v2",
     "kornia": "kornia.augmentation",
     "byol-pytorch": "byol_pytorch",
+    "solo-learn": "solo.losses.byol",
 }
 VIEWS: dict[str, Callable[[int], Views]] = {
     "lightly": lightly_views,
@@ -168,4 +207,7 @@ TAKES_BATCHES = ("kornia",)
 STEPS: dict[str, Callable[[nn.Module, int, int, int], Step]] = {
     "lightly": lightly_step,
     "byol-pytorch": byol_pytorch_step,
+    "solo-learn": solo_learn_step,
 }
+# Those that put convolutions in the layout that suits them, as we do.
+TAKE_CHANNELS_LAST = ("solo-learn",)

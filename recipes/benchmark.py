@@ -3,6 +3,7 @@
     python recipes/benchmark.py --backbone resnet18 --image_size 32 --batch_size 256
     python recipes/benchmark.py --parts augmentation --image_size 224 --batch_size 32 --threads 1 --against lightly
     python recipes/benchmark.py --parts loader loop --dataset path/to/images --image_size 224 --batch_size 64
+    python recipes/benchmark.py --parts loader --image_size 224 --batch_size 64 --decoded_cache path/to/fast/disk
     python recipes/benchmark.py --parts start --backbone test_resnet
 
 Without --dataset it works on cuttings of two photographs that come with scikit-learn.
@@ -29,7 +30,7 @@ class BenchmarkConfig:
     )
     """What to measure. `loop` is loader, augmentation and step together; `start` the time to the first step."""
     against: tuple[str, ...] = ()
-    """Installed packages to measure beside: lightly, torchvision, kornia, byol-pytorch."""
+    """Installed packages to measure beside: lightly, torchvision, kornia, byol-pytorch, solo-learn."""
     backbone: str = "resnet18"
     """A timm name."""
     image_size: int = 32
@@ -48,6 +49,10 @@ class BenchmarkConfig:
     """What `loader` and `loop` read, as for pretrain.py; None: JPEG files of 500x375 photographs."""
     workers: int | None = None
     """Data loading processes; None: one per core, at most 8."""
+    decoded_cache: str | None = None
+    """Folder where `loader` and `loop` keep the images decoded, as for pretrain.py."""
+    decoded_side: int | None = None
+    """With --decoded_cache: shrink images to this shorter side."""
     rounds: int = 5
     """Rounds in which all candidates are measured in turns; the figures are medians over them."""
     seconds: float = 1.0
@@ -68,6 +73,7 @@ def main() -> None:
     import torch
 
     from byol_timm import benchmark
+    from byol_timm.cache import open_cache
     from byol_timm.metrics import write_json
     from byol_timm.peers import check_peers
     from byol_timm.report import save_costs
@@ -97,13 +103,13 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             if config.dataset is None:
                 benchmark.write_photographs(Path(folder), 2 * config.batch_size)
-            images = open_dataset(config.dataset or folder).train
+            images = files = open_dataset(config.dataset or folder).train
+            if config.decoded_cache is not None:
+                images = open_cache(files, config.decoded_cache, side=config.decoded_side, workers=config.workers)
             if "loader" in config.parts:
-                show(benchmark.loader(images, workload, timing, workers=config.workers))
+                show(benchmark.loader(images, workload, timing, files=files, workers=config.workers))
             if "loop" in config.parts:
-                part, waiting = benchmark.loop(images, workload, timing, workers=config.workers, device=device)
-                show(part)
-                print(f"  the loop waits for images {waiting:.1%} of its time\n")
+                show(benchmark.loop(images, workload, timing, workers=config.workers, device=device))
     if "memory" in config.parts:
         show(benchmark.memory(workload, against=against, device=device))
     if "start" in config.parts:

@@ -294,7 +294,8 @@ read from disk. Colours, blur and solarize run on the GPU and are not counted. M
 what kernels take for a moment. For comparison: the authors report about 8 hours on 512 cores of TPU v3.
 
 Where a host has fewer cores than that, they are the limit and not the GPU: store the images smaller (a shorter side of
-256 to 320 pixels), or, where they are of one shape, let them lie decoded in memory (`--memory_limit`).
+256 to 320 pixels), or let them lie decoded: in memory, where they are of one shape (`--memory_limit`), or on a disk
+(`--decoded_cache`).
 """
 
 
