@@ -185,6 +185,15 @@ class TwoViews:
             np.copyto(pixels, self._crop(image, crops, view).numpy())
         return both
 
+    def reduction(self, ordinal: int, height: int, width: int) -> int:
+        """How many times smaller, 1, 2, 4 or 8, an image of that size may be with both crops twice the views' size.
+
+        `cut` makes nearly the same crops of an image that was decoded so many times smaller.
+        """
+        box = draw_crops(self.augmentation, _uniforms(self.seed, [ordinal], CROP_DRAWS), height, width).box
+        times = int((box[:, 2:] // (2 * self.height, 2 * self.width)).min())
+        return next(power for power in (8, 4, 2, 1) if power <= max(1, times))
+
     @torch.no_grad()
     def finish(self, crops: Tensor, ordinals: Tensor, *, out: Views | None = None) -> Views:
         """View 1 and view 2 (float32 [B, C, height, width]) of what `cut` made, uint8 [B, 2, C, height, width]."""

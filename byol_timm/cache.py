@@ -21,7 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .data import LOAD_BYTES, BadImages, OnBadImage, in_workers, worker_count
-from .decoding import BadImage
+from .decoding import BadImage, Reduction
 from .errors import ByolTimmError
 from .sources import Images, fingerprint, readable
 
@@ -84,7 +84,7 @@ class _Decoded:
     starts: Array
     bad: dict[int, str]
 
-    def read(self, row: int, channels: int) -> Array:
+    def read(self, row: int, channels: int, reduction: Reduction | None = None) -> Array:
         if row in self.bad:
             raise BadImage(self.bad[row])
         height, width = self.shapes[row].tolist()

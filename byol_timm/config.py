@@ -71,6 +71,8 @@ class PretrainConfig:
     """With --streaming: images that are held in memory, encoded, to shuffle them; None: 10,000."""
     num_images: int | None = None
     """With --streaming: how many images the split has, where its files do not say."""
+    fast_jpeg: bool = False
+    """Decode JPEG at a half to an eighth where crops stay twice the views' size: for large photos; other bits."""
     on_bad_image: Literal["skip", "error"] = "skip"
     """An image that cannot be read is replaced by another one and counted, or ends the run."""
 

@@ -12,6 +12,7 @@ import sys
 import threading
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -98,7 +99,8 @@ class TrainingBatches:
     steps = n // global_batch, whatever the number of processes, the batch size and the number of workers: micro-batch
     m of process r is the slice at (m * world + r) * batch_size of them.
     Images that all decode to one shape are held in memory up to `memory_limit` bytes and come whole; else `workers`
-    processes (None: one per core, at most 8; 0: this one) decode and come with what `cut(image, ordinal)` made.
+    processes (None: one per core, at most 8; 0: this one) decode and come with what `cut(image, ordinal)` made;
+    JPEG is decoded as many times smaller as `reduction(ordinal, height, width)` allows, if given.
     An image that cannot be read is replaced by the next one that can, and noted in `bad`; more than 5 % of them, or
     any with `on_bad_image="error"`, end it all with a `ByolTimmError`.
     """
@@ -110,6 +112,7 @@ class TrainingBatches:
         batch_size: int,
         global_batch: int,
         cut: Callable[[Tensor, int], Tensor],
+        reduction: Callable[[int, int, int], int] | None = None,
         rank: int = 0,
         world: int = 1,
         seed: int = 0,
@@ -123,7 +126,7 @@ class TrainingBatches:
         self.batch_size, self.global_batch, self.rank, self.world = batch_size, global_batch, rank, world
         self.workers = workers
         self.bad = BadImages(images.name, len(images), on_bad_image)
-        self._cut = cut
+        self._cut, self._reduction = cut, reduction
         self._running: Generator[Batch] | None = None
         self._pixels = self._load(memory_limit)
 
@@ -172,7 +175,7 @@ class TrainingBatches:
 
     def _from_workers(self) -> Generator[Batch]:
         crops = self._cut(next(readable(self.images, 100, self.images.decode)), 0)
-        reader = _CropReader(self.images, self._cut)
+        reader = _CropReader(self.images, self._cut, self._reduction)
         seen = replaced = 0
         answers = in_workers(reader, self._ordinals(), worker_count(self.workers), crops.numel() * self.batch_size)
         with contextlib.closing(answers):
@@ -364,26 +367,32 @@ class _CropReader:
     No crops if no image can be read among more in a row than may be bad in all.
     """
 
-    def __init__(self, images: Images, cut: Callable[[Tensor, int], Tensor]) -> None:
-        self.images, self.cut = images, cut
+    def __init__(
+        self,
+        images: Images,
+        cut: Callable[[Tensor, int], Tensor],
+        reduction: Callable[[int, int, int], int] | None,
+    ) -> None:
+        self.images, self.cut, self.reduction = images, cut, reduction
         self.known_bad: dict[int, str] = {}
 
     def __getitem__(self, ordinals: Tensor) -> tuple[Tensor, Tensor, dict[int, str]]:
         crops: list[Tensor] = []
         bad: dict[int, str] = {}
         for ordinal in ordinals.tolist():
-            image = self._decode(ordinal % len(self.images), bad)
+            image = self._decode(ordinal, bad)
             if image is None:
                 return torch.empty(0), ordinals, bad
             crops.append(self.cut(image, ordinal))
         return torch.stack(crops), ordinals, bad
 
-    def _decode(self, index: int, bad: dict[int, str]) -> Tensor | None:
+    def _decode(self, ordinal: int, bad: dict[int, str]) -> Tensor | None:
+        index, reduction = ordinal % len(self.images), self.reduction and partial(self.reduction, ordinal)
         for candidate in range(index, index + int(MAX_BAD * len(self.images)) + 2):
             candidate %= len(self.images)
             if candidate not in self.known_bad:
                 try:
-                    return self.images.decode(candidate)
+                    return self.images.decode(candidate, reduction)
                 except BadImage as reason:
                     self.known_bad[candidate] = f"{self.images.describe(candidate)}: {reason}"
             bad[candidate] = self.known_bad[candidate]

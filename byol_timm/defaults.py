@@ -147,6 +147,8 @@ def check(config: PretrainConfig) -> None:
         )
     if config.streaming and config.decoded_cache is not None:
         raise ByolTimmError(f"--decoded_cache ({config.decoded_cache}) holds all images. Leave out --streaming")
+    if config.fast_jpeg and config.decoded_cache is not None:
+        raise ByolTimmError("--fast_jpeg saves nothing where images are decoded once. Leave out --decoded_cache")
     if config.decoded_side is not None and config.decoded_cache is None:
         raise ByolTimmError(f"--decoded_side ({config.decoded_side}) is for --decoded_cache. Name a folder with that")
     if config.num_head_layers not in (None, 2, 3):

@@ -70,7 +70,7 @@ def points(
     return [
         Point("encoder", "resnet50", config.backbone),
         Point("images", "3 x 224 x 224", f"{config.in_chans} x {config.image_size} x {config.image_size}"),
-        Point("cut from", "images as they are", _shrunk(config.decoded_side)),
+        Point("cut from", "images as they are", _cut_from(config)),
         Point("start", "random", "given weights" if config.pretrained or ":" in config.backbone else "random"),
         Point("trained", "all", f"all but {', '.join(frozen)}" if frozen else "all"),
         Point("residual branches", "no BatchNorm at 0", f"{_norms_at_zero(byol.encoder) or 'no'} BatchNorm at 0"),
@@ -100,7 +100,10 @@ def points(
     ]
 
 
-def _shrunk(side: int | None) -> str:
+def _cut_from(config: Any) -> str:
+    if config.fast_jpeg:
+        return "JPEG decoded smaller where crops are shrunk"
+    side = config.decoded_side
     return f"images of at most {side} pixels' shorter side" if side else "images as they are"
 
 

@@ -7,7 +7,7 @@ import hashlib
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -191,7 +191,7 @@ def pretrain(config: PretrainConfig) -> nn.Module:
 
         # What reads, watches and writes.
         decoded = _decoded(settings, splits, interruption, step)
-        batches = _open_batches(settings, schedule, decoded, views.cut, accelerator, step)
+        batches = _open_batches(settings, schedule, decoded, views, accelerator, step)
         stack.callback(batches.close)
         two_views = Prepare(views, accelerator.device, settings.channels_last)
         alarm = CollapseAlarm(
@@ -527,7 +527,7 @@ def _rehearse(
     two_views = Prepare(views, accelerator.device, config.channels_last)
     seconds: list[float] = []
     count = 1
-    with contextlib.closing(_open_batches(config, schedule, splits, views.cut, accelerator, 0)) as batches:
+    with contextlib.closing(_open_batches(config, schedule, splits, views, accelerator, 0)) as batches:
         stream = copied_ahead(iter(batches), accelerator.device)
         while len(seconds) < count:
             start = time.perf_counter()
@@ -640,7 +640,7 @@ def _open_batches(
     config: Any,
     schedule: Schedule,
     splits: Splits | StreamSplits,
-    cut: Callable[[Tensor, int], Tensor],
+    views: TwoViews,
     accelerator: Accelerator,
     step: int,
 ) -> TrainingBatches | StreamBatches:
@@ -651,7 +651,8 @@ def _open_batches(
         world=accelerator.num_processes,
         seed=config.seed,
         start_step=step,
-        cut=cut,
+        cut=views.cut,
+        reduction=views.reduction if config.fast_jpeg else None,
         workers=config.workers,
         on_bad_image=config.on_bad_image,
     )

@@ -14,7 +14,7 @@ import fsspec
 import numpy as np
 from numpy.typing import NDArray
 
-from .decoding import BadImage, decode, longer_side
+from .decoding import BadImage, Reduction, decode, longer_side
 from .errors import ByolTimmError
 from .sources import (
     HUB_ID,
@@ -359,9 +359,9 @@ def _content(cell: Any) -> bytes | None:
     return cell["bytes"] if isinstance(cell, dict) else cell
 
 
-def decode_content(content: bytes | None, channels: int) -> Array:
-    """The image in a row, uint8 [channels, H, W]; raises `BadImage`."""
-    return decode(_open_content(content), channels)
+def decode_content(content: bytes | None, channels: int, reduction: Reduction | None = None) -> Array:
+    """The image in a row, uint8 [channels, H, W], as `decoding.decode`; raises `BadImage`."""
+    return decode(_open_content(content), channels, reduction)
 
 
 def _open_content(content: bytes | None) -> io.BytesIO:
@@ -408,8 +408,8 @@ class _Sample:
         rows = np.arange(len(self.places))
         return Images(train.name, train.channels, labels, class_names if labels is not None else (), self, rows)
 
-    def read(self, row: int, channels: int) -> Array:
-        return decode_content(self._find(row), channels)
+    def read(self, row: int, channels: int, reduction: Reduction | None = None) -> Array:
+        return decode_content(self._find(row), channels, reduction)
 
     def side(self, row: int) -> int:
         return longer_side(_open_content(self._find(row)))

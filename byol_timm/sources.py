@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .decoding import BadImage, decode, from_array, longer_side
+from .decoding import BadImage, Reduction, decode, from_array, longer_side
 from .errors import ByolTimmError
 
 if TYPE_CHECKING:
@@ -55,9 +55,9 @@ class Splits:
 
 
 class _Source(Protocol):
-    """Where images lie. `read` and `side` raise `BadImage`."""
+    """Where images lie. `read` (uint8 [channels, H, W], as `decoding.decode`) and `side` raise `BadImage`."""
 
-    def read(self, row: int, channels: int) -> Array: ...  # uint8 [channels, H, W]
+    def read(self, row: int, channels: int, reduction: Reduction | None = None) -> Array: ...
     def side(self, row: int) -> int: ...
     def describe(self, row: int) -> str: ...
     def identity(self, rows: Array) -> Iterable[bytes]: ...
@@ -77,9 +77,12 @@ class Images:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def decode(self, index: int) -> Tensor:
-        """The image, uint8 [channels, H, W], upright; raises `BadImage` with the reason."""
-        return torch.from_numpy(self.source.read(int(self.rows[index]), self.channels))
+    def decode(self, index: int, reduction: Reduction | None = None) -> Tensor:
+        """The image, uint8 [channels, H, W], upright; raises `BadImage` with the reason.
+
+        With a reduction, JPEG files are decoded so many times smaller as it allows.
+        """
+        return torch.from_numpy(self.source.read(int(self.rows[index]), self.channels, reduction))
 
     def describe(self, index: int) -> str:
         """A name by which a user finds the image: its file, or its row."""
@@ -202,7 +205,7 @@ class _Pixels:
 
     pixels: Array
 
-    def read(self, row: int, channels: int) -> Array:
+    def read(self, row: int, channels: int, reduction: Reduction | None = None) -> Array:
         return self.pixels[row][None].repeat(channels, axis=0)
 
     def side(self, row: int) -> int:
@@ -222,9 +225,9 @@ class _Files:
     folder: Path
     names: tuple[str, ...]
 
-    def read(self, row: int, channels: int) -> Array:
+    def read(self, row: int, channels: int, reduction: Reduction | None = None) -> Array:
         with self._open(row) as file:
-            return decode(file, channels)
+            return decode(file, channels, reduction)
 
     def side(self, row: int) -> int:
         with self._open(row) as file:
@@ -262,9 +265,9 @@ class _Rows:
         # Memory-mapped tables travel to workers by path, their cells would as bytes.
         return self.__dict__ | {"_cells": None}
 
-    def read(self, row: int, channels: int) -> Array:
+    def read(self, row: int, channels: int, reduction: Reduction | None = None) -> Array:
         cell = self._cell(row)
-        return decode(io.BytesIO(cell), channels) if isinstance(cell, bytes) else from_array(cell, channels)
+        return decode(io.BytesIO(cell), channels, reduction) if isinstance(cell, bytes) else from_array(cell, channels)
 
     def side(self, row: int) -> int:
         cell = self._cell(row)

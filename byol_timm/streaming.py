@@ -5,6 +5,7 @@ import itertools
 import queue
 import threading
 from collections.abc import Callable, Generator, Iterable, Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -47,6 +48,7 @@ class StreamBatches:
         batch_size: int,
         global_batch: int,
         cut: Callable[[Tensor, int], Tensor],
+        reduction: Callable[[int, int, int], int] | None = None,
         rank: int = 0,
         world: int = 1,
         seed: int = 0,
@@ -65,7 +67,7 @@ class StreamBatches:
             if global_batch % (2 * self.lanes):
                 break
             self.lanes *= 2
-        self._cut = cut
+        self._cut, self._reduction = cut, reduction
         self._running: Generator[Batch] | None = None
 
     def __iter__(self) -> Iterator[Batch]:
@@ -87,7 +89,7 @@ class StreamBatches:
 
     def _batches(self) -> Generator[Batch]:
         crops = self._cut(next(readable(self.bank, 100, self.bank.decode)), 0)
-        reader = _CropReader(self.stream, self.bank, self._cut, self.seed)
+        reader = _CropReader(self.stream, self.bank, self._cut, self._reduction, self.seed)
         # Read ahead are half as many images as are held in blocks.
         ahead = _read_ahead(self._requests(), max(2, self.shuffle_buffer // (2 * self.world * self.batch_size)))
         answers = in_workers(reader, ahead, worker_count(self.workers), crops.numel() * self.batch_size)
@@ -181,16 +183,24 @@ def _read_ahead(items: Iterable[Any], depth: int) -> Generator[Any]:
 class _CropReader:
     """Answers a request for rows with crops, their ordinals, and the rows whose images had to be replaced."""
 
-    def __init__(self, stream: Stream, bank: Images, cut: Callable[[Tensor, int], Tensor], seed: int) -> None:
-        self.stream, self.bank, self.cut, self.seed = stream, bank, cut, seed
+    def __init__(
+        self,
+        stream: Stream,
+        bank: Images,
+        cut: Callable[[Tensor, int], Tensor],
+        reduction: Callable[[int, int, int], int] | None,
+        seed: int,
+    ) -> None:
+        self.stream, self.bank, self.cut, self.reduction, self.seed = stream, bank, cut, reduction, seed
 
     def __getitem__(self, request: tuple[Tensor, Rows]) -> tuple[Tensor, Tensor, dict[int, str]]:
         ordinals, rows = request
         crops: list[Tensor] = []
         bad: dict[int, str] = {}
         for ordinal, (number, content) in zip(ordinals.tolist(), rows, strict=True):
+            reduction = self.reduction and partial(self.reduction, ordinal)
             try:
-                image = torch.from_numpy(decode_content(content, self.stream.channels))
+                image = torch.from_numpy(decode_content(content, self.stream.channels, reduction))
             except BadImage as reason:
                 bad[number] = f"{self.stream.describe(number)}: {reason}"
                 image = self._another(ordinal)

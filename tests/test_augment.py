@@ -354,6 +354,22 @@ def test_two_views_travel_to_spawned_workers():
     assert torch.equal(pickle.loads(pickle.dumps(two_views)).cut(image, 9), two_views.cut(image, 9))
 
 
+@pytest.mark.parametrize(("height", "width"), [(30, 40), (150, 200), (900, 700)])
+def test_a_reduction_is_the_most_that_leaves_both_crops_twice_the_views_size(height, width):
+    two_views = TwoViews(AUGMENTATIONS["paper"], 32, seed=4, **RAW)
+    seen = set()
+    for ordinal in range(200):
+        boxes = augment.draw_crops(
+            two_views.augmentation, augment._uniforms(4, [ordinal], augment.CROP_DRAWS), height, width
+        ).box
+        times = two_views.reduction(ordinal, height, width)
+        smallest = boxes[:, 2:].min()
+        assert times == 1 or smallest >= 64 * times
+        assert times == 8 or smallest < 128 * times
+        seen.add(times)
+    assert seen == {30: {1}, 150: {1, 2}, 900: {2, 4, 8}}[height]
+
+
 def test_layout_of_the_decoded_image_does_not_matter():
     image = photos(1, 120)[0]
     interleaved = image.permute(1, 2, 0).contiguous().permute(2, 0, 1)

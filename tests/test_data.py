@@ -141,6 +141,21 @@ def test_evaluation_gives_every_image_in_order(photos):
     assert torch.equal(pixels[3], transform(images.decode(int(indices[3]))))
 
 
+def test_reduced_decoding_changes_only_crops_that_are_shrunk_and_these_a_little(tmp_path):
+    # Of the small ones no crop is shrunk, of the large ones every crop by a factor of four and more.
+    sizes = [(20, 16), (400, 300)]
+    write_folder(tmp_path, [f"{place}.jpg" for place in range(20)], lambda place: photo(*sizes[place % 2], place))
+    images = open_dataset(str(tmp_path)).train
+    settings = dict(batch_size=20, global_batch=20, cut=VIEWS.cut, memory_limit=0, workers=0)
+    [exact] = take(TrainingBatches(images, **settings), 1)
+    [reduced] = take(TrainingBatches(images, reduction=VIEWS.reduction, **settings), 1)
+    assert torch.equal(exact.ordinals, reduced.ordinals)
+    difference = (exact.crops.int() - reduced.crops.int()).abs()
+    small = exact.ordinals % 2 == 0
+    assert difference[small].max() == 0
+    assert all(0 < float(crops.float().mean()) < 6 for crops in difference[~small])
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("memory_limit", [0, 2**30])
 def test_batches_travel_ahead_to_a_gpu_as_they_are(photos, memory_limit):

@@ -9,6 +9,7 @@ import torch
 from pictures import PHOTO, VIEWS, decode, encoded, photo
 from PIL import Image
 
+from byol_timm import decoding
 from byol_timm.decoding import BadImage
 from byol_timm.sources import EXTENSIONS, open_dataset
 
@@ -51,6 +52,25 @@ def test_transparent_palette_lies_on_white(transparency):
     pixels = decode(encoded(image, transparency=transparency))
     assert pixels[:, 0, 0].tolist() == [255, 255, 255]
     assert pixels[:, 0, 7].tolist() == ([0, 0, 255] if transparency == 0 else [127, 127, 255])
+
+
+def test_a_reduction_makes_jpeg_smaller_and_is_asked_about_the_upright_image():
+    image, exif = photo(320, 200), Image.Exif()
+    exif[0x0112] = 6
+    sizes = []
+
+    def quarter(height, width):
+        sizes.append((height, width))
+        return 4
+
+    upright, sideways = (encoded(image, "JPEG", quality=95, **kwargs) for kwargs in ({}, {"exif": exif}))
+    small = decoding.decode(io.BytesIO(upright), 3, quarter)
+    assert small.shape == (3, 50, 80)
+    assert decoding.decode(io.BytesIO(sideways), 3, quarter).shape == (3, 80, 50)
+    assert sizes == [(200, 320), (320, 200)]
+    blocks = decode(upright).reshape(3, 50, 4, 80, 4).mean((2, 4))
+    assert np.abs(small - blocks).mean() < 2
+    assert decoding.decode(io.BytesIO(encoded(image)), 3, quarter).shape == (3, 200, 320)
 
 
 def test_four_channels_keep_alpha():

@@ -189,6 +189,7 @@ def test_the_authors_preset_changes_nothing_of_the_paper():
         (dict(in_chans=1), {"images", "colour jitter", "grayscale"}),
         (dict(crop_scale=(0.2, 1.0)), {"crop"}),
         (dict(decoded_cache="folder", decoded_side=256), {"cut from"}),
+        (dict(fast_jpeg=True), {"cut from"}),
         (dict(rotate=5.0), {"rotation"}),
         (dict(flip=0.0), {"flip"}),
         (dict(colors="torchvision"), {"colour operations"}),

@@ -383,6 +383,7 @@ def test_a_training_state_that_does_not_fit_is_refused_in_one_line(run, tmp_path
             dict(decoded_cache="cache", streaming=True),
             r"--decoded_cache \(cache\) holds all images. Leave out --streaming",
         ),
+        (dict(decoded_cache="cache", fast_jpeg=True), "--fast_jpeg saves nothing"),
         (dict(decoded_side=64), r"--decoded_side \(64\) is for --decoded_cache"),
         (dict(image_share=0.5, streaming=True), r"--image_share \(0\.5\) needs all images. Leave out --streaming"),
         (dict(image_share=0.0), r"--image_share must lie above 0 and be at most 1 \(0\.0\)"),

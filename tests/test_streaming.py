@@ -136,6 +136,22 @@ def steps_of(splits, count, *, world=1, accumulation=1, **settings):
     return steps
 
 
+def test_reduced_decoding_reaches_the_stream(tmp_path):
+    write_parquet(tmp_path / "large.parquet", [encoded(photo(320, 200, place), "JPEG") for place in range(8)])
+    stream = open_stream(str(tmp_path / "large.parquet"))
+    shapes = []
+
+    def cut(image, ordinal):
+        shapes.append(tuple(image.shape))
+        return first_pixel(image, ordinal)
+
+    settings = dict(batch_size=4, global_batch=4, cut=cut, workers=0)
+    take(
+        StreamBatches(stream.train, stream.bank, reduction=lambda ordinal, height, width: height // 100, **settings), 2
+    )
+    assert shapes == [(3, 200, 320), *[(3, 100, 160)] * 8]
+
+
 # Order
 
 KINDS = pytest.mark.parametrize("kind", ["parquet", "arrow", "tar"])
