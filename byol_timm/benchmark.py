@@ -280,10 +280,18 @@ def _our_step(byol: BYOL, workload: Workload) -> Callable[[Tensor, Tensor], None
     return take
 
 
-def loader(images: Images, workload: Workload, timing: Timing, *, files: Images, workers: int | None) -> Part:
+@dataclass(frozen=True)
+class Reading:
+    """How images come: the processes that decode, and the bytes of images of one shape that may be held decoded."""
+
+    workers: int | None = None
+    memory_limit: float = 2 * 2**30
+
+
+def loader(images: Images, workload: Workload, timing: Timing, *, files: Images, reading: Reading) -> Part:
     """Batches as training gets them, against the decoding of every image's file in this process alone."""
     turn = itertools.count()
-    with _batches(images, workload, workers) as batches:
+    with _batches(images, workload, reading) as batches:
         stream = iter(batches)
 
         def decode() -> int:
@@ -293,13 +301,13 @@ def loader(images: Images, workload: Workload, timing: Timing, *, files: Images,
         def load() -> int:
             return len(next(stream).ordinals)
 
-        kept = "from memory" if batches.in_memory else "decoded and cut by workers"
-        name = f"{OURS}, {kept if images is files else 'cut from a decoded cache'}"
+        way = "decoded and cut" if images is files else "cut from a decoded cache"
+        name = f"{OURS}, {'from memory' if batches.in_memory else way}"
         costs = interleaved({"decoding": decode, name: load}, timing, before=lambda: _empty(batches, stream))
     return Part(f"batches of {images.name}", "images/s", "decoding", costs)
 
 
-def loop(images: Images, workload: Workload, timing: Timing, *, workers: int | None, device: torch.device) -> Part:
+def loop(images: Images, workload: Workload, timing: Timing, *, reading: Reading, device: torch.device) -> Part:
     """Training from files to weights, against the same step fed with the same views over and over."""
     torch.manual_seed(0)
     encoder = create_encoder(workload.backbone, image_size=workload.image_size)
@@ -309,7 +317,7 @@ def loop(images: Images, workload: Workload, timing: Timing, *, workers: int | N
     two_views = Prepare(_two_views(workload), device, channels_last=has_convolutions(encoder))
     given = _given_views(workload, device, layout)
     waited = total = 0.0
-    with _batches(images, workload, workers) as batches:
+    with _batches(images, workload, reading) as batches:
         stream = copied_ahead(iter(batches), device)
 
         def on_given() -> int:
@@ -417,13 +425,14 @@ def _layout(encoder: nn.Module) -> torch.memory_format:
     return torch.channels_last if has_convolutions(encoder) else torch.contiguous_format
 
 
-def _batches(images: Images, workload: Workload, workers: int | None) -> TrainingBatches:
+def _batches(images: Images, workload: Workload, reading: Reading) -> TrainingBatches:
     return TrainingBatches(
         images,
         batch_size=workload.batch_size,
         global_batch=workload.batch_size,
         cut=_two_views(workload).cut,
-        workers=workers,
+        workers=reading.workers,
+        memory_limit=reading.memory_limit,
     )
 
 

@@ -2,8 +2,8 @@
 
     python recipes/benchmark.py --backbone resnet18 --image_size 32 --batch_size 256
     python recipes/benchmark.py --parts augmentation --image_size 224 --batch_size 32 --threads 1 --against lightly
-    python recipes/benchmark.py --parts loader loop --dataset path/to/images --image_size 224 --batch_size 64
-    python recipes/benchmark.py --parts loader --image_size 224 --batch_size 64 --decoded_cache path/to/fast/disk
+    python recipes/benchmark.py --parts loader loop --dataset path/to/images --image_size 224 --memory_limit 0
+    python recipes/benchmark.py --parts loader --image_size 224 --decoded_cache path/to/disk --memory_limit 0
     python recipes/benchmark.py --parts start --backbone test_resnet
 
 Without --dataset it works on cuttings of two photographs that come with scikit-learn.
@@ -49,6 +49,8 @@ class BenchmarkConfig:
     """What `loader` and `loop` read, as for pretrain.py; None: JPEG files of 500x375 photographs."""
     workers: int | None = None
     """Data loading processes; None: one per core, at most 8."""
+    memory_limit: float = 2.0
+    """Images of one shape are held decoded in memory up to this many GB; 0: `loader` and `loop` decode all the time."""
     decoded_cache: str | None = None
     """Folder where `loader` and `loop` keep the images decoded, as for pretrain.py."""
     decoded_side: int | None = None
@@ -106,10 +108,11 @@ def main() -> None:
             images = files = open_dataset(config.dataset or folder).train
             if config.decoded_cache is not None:
                 images = open_cache(files, config.decoded_cache, side=config.decoded_side, workers=config.workers)
+            reading = benchmark.Reading(config.workers, config.memory_limit * 2**30)
             if "loader" in config.parts:
-                show(benchmark.loader(images, workload, timing, files=files, workers=config.workers))
+                show(benchmark.loader(images, workload, timing, files=files, reading=reading))
             if "loop" in config.parts:
-                show(benchmark.loop(images, workload, timing, workers=config.workers, device=device))
+                show(benchmark.loop(images, workload, timing, reading=reading, device=device))
     if "memory" in config.parts:
         show(benchmark.memory(workload, against=against, device=device))
     if "start" in config.parts:
