@@ -638,7 +638,7 @@ class EvaluationTransform:
 
 def _per_channel(values: Sequence[float], channels: int) -> tuple[float, ...]:
     if len(values) not in (1, channels):
-        raise ByolTimmError(f"images have {channels} channels, mean or std {len(values)}. give one number per channel")
+        raise ByolTimmError(f"images have {channels} channels, mean or std {len(values)}. Give one number per channel")
     return tuple(values) if len(values) == channels else (values[0],) * channels
 
 

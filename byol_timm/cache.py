@@ -67,7 +67,7 @@ def open_cache(
         except OSError as error:
             reason = error.strerror or " ".join(str(error).split())
             raise ByolTimmError(
-                f"cannot write to --decoded_cache {folder} ({reason}). choose another folder"
+                f"cannot write to --decoded_cache {folder} ({reason}). Choose another folder"
             ) from error
     source = _open(images, final)
     logger.info("images are read decoded from %s (%.1f GB)", final, (final / PIXELS).stat().st_size / 2**30)
@@ -111,11 +111,11 @@ def _open(images: Images, folder: Path) -> _Decoded:
         index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
         found = (folder / PIXELS).stat().st_size
     except (OSError, ValueError) as error:
-        raise ByolTimmError(f"decoded cache {folder} is damaged ({error}). delete it") from error
+        raise ByolTimmError(f"decoded cache {folder} is damaged ({error}). Delete it") from error
     shapes = np.array(index["shapes"], dtype=np.int64).reshape(-1, 2)
     ends = np.cumsum(shapes.prod(axis=1) * images.channels)
     if len(shapes) != len(images) or found != ends[-1]:
-        raise ByolTimmError(f"decoded cache {folder} is damaged ({found} bytes of {ends[-1]}). delete it")
+        raise ByolTimmError(f"decoded cache {folder} is damaged ({found} bytes of {ends[-1]}). Delete it")
     bad = {int(row): reason for row, reason in index["bad"].items()}
     return _Decoded(images, folder / PIXELS, shapes, np.concatenate([[0], ends[:-1]]), bad)
 
@@ -136,7 +136,7 @@ def _write(
     if needed > free:
         raise ByolTimmError(
             f"{len(images):,} decoded images take about {needed / 2**30:.1f} GB, {final.parent} has "
-            f"{free / 2**30:.1f} GB free. lower --decoded_side, or leave out --decoded_cache"
+            f"{free / 2**30:.1f} GB free. Lower --decoded_side, or leave out --decoded_cache"
         )
     chunk = max(1, min(256, LOAD_BYTES // max(decoded)))
     workers = worker_count(workers, len(images) * float(np.mean(decoded)))

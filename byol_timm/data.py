@@ -267,7 +267,7 @@ class BadImages(dict[int, str]):
         """Remember and report images that cannot be read."""
         for index, reason in bad.items():
             if self.on_bad_image == "error":
-                raise ByolTimmError(f"image cannot be read: {reason}. mend or remove it, or use --on_bad_image skip")
+                raise ByolTimmError(f"image cannot be read: {reason}. Mend or remove it, or use --on_bad_image skip")
             if index not in self:
                 self[index] = reason
                 if len(self) % 1000 == 1:
@@ -278,7 +278,7 @@ class BadImages(dict[int, str]):
         if count > MAX_BAD * max(seen, min(1000, self.num_images)):
             first = next(iter(self.values()))
             raise ByolTimmError(
-                f"{count} of {seen} images of {self.name} cannot be read; the first: {first}. check the files"
+                f"{count} of {seen} images of {self.name} cannot be read; the first: {first}. Check the files"
             )
 
 

@@ -510,7 +510,7 @@ def _choose(
     present = np.bincount(labels[everyone])
     if np.count_nonzero(present) < 2:
         raise ByolTimmError(
-            f"all {len(everyone)} images to learn from are of one class ({labels[everyone[0]]}). a classifier needs two"
+            f"all {len(everyone)} images to learn from are of one class ({labels[everyone[0]]}). A classifier needs two"
         )
     settings, trials = protocol.settings, []
     held_out = label_subset(labels, protocol.held_out, seed)
@@ -632,11 +632,11 @@ def _resolve(protocol: str | Protocol, frozen: bool) -> tuple[str, Protocol]:
     else:
         name = protocol if protocol != "quick" else "quick-linear" if frozen else "quick-finetune"
         if name not in PROTOCOLS:
-            raise ByolTimmError(f"there is no protocol {name!r}. choose quick, {', '.join(PROTOCOLS)}")
+            raise ByolTimmError(f"there is no protocol {name!r}. Choose quick, {', '.join(PROTOCOLS)}")
         protocol = PROTOCOLS[name]
     if protocol.frozen != frozen:
         kinds = ("frozen", "fine-tuned") if protocol.frozen else ("fine-tuned", "frozen")
-        raise ByolTimmError(f"protocol {name} is for {kinds[0]} encoders, not {kinds[1]} ones. choose another")
+        raise ByolTimmError(f"protocol {name} is for {kinds[0]} encoders, not {kinds[1]} ones. Choose another")
     return name, protocol
 
 
@@ -685,7 +685,7 @@ def classification_metrics(scores: Tensor, labels: Labels) -> dict[str, Any]:
     known = _labelled(labels, "classify")
     scores, labels = scores.detach().cpu()[known], labels[known]
     if scores.isnan().any():
-        raise ByolTimmError("the classifier's outputs are not numbers: training diverged. lower its learning rate")
+        raise ByolTimmError("the classifier's outputs are not numbers: training diverged. Lower its learning rate")
     scores = F.pad(scores, (0, max(0, int(labels.max()) + 1 - scores.shape[1])), value=-math.inf)
     classes = scores.shape[1]
     own = scores.gather(1, labels[:, None])
@@ -720,7 +720,7 @@ def _accuracy(scores: Tensor, labels: Tensor) -> float:
 
 def _labels_of(images: Images, purpose: str) -> Array:
     if images.labels is None:
-        raise ByolTimmError(f"the images of {images.name} to {purpose} have no labels. evaluation needs them")
+        raise ByolTimmError(f"the images of {images.name} to {purpose} have no labels. Evaluation needs them")
     _labelled(torch.as_tensor(images.labels), purpose)
     return images.labels
 
@@ -728,5 +728,5 @@ def _labels_of(images: Images, purpose: str) -> Array:
 def _labelled(labels: Tensor, purpose: str) -> Tensor:
     known = labels >= 0
     if not known.any():
-        raise ByolTimmError(f"none of the {len(labels)} images to {purpose} has a label. evaluation needs labels")
+        raise ByolTimmError(f"none of the {len(labels)} images to {purpose} has a label. Evaluation needs labels")
     return known

@@ -367,7 +367,7 @@ def save_report(folder: str | Path) -> Path:
     results, environment = _read(folder / "results.json"), _read(folder / "environment.json")
     settings = folder / "config.yaml"
     if not (pictures or results or settings.exists()):
-        raise ByolTimmError(f"{folder} is not the folder of a run. give one with results.json or pictures")
+        raise ByolTimmError(f"{folder} is not the folder of a run. Give one with results.json or pictures")
     config = results.pop("config", {})
     name = folder.resolve().name
     parts = [f"<h1>{html.escape(name)}</h1>"]
@@ -586,7 +586,7 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         values = json.loads(path.read_text("utf-8"))
     except ValueError as error:
-        raise ByolTimmError(f"{path} is not JSON ({error}). remove it, or write it again") from error
+        raise ByolTimmError(f"{path} is not JSON ({error}). Remove it, or write it again") from error
     return values if isinstance(values, dict) else {}
 
 

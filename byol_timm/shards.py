@@ -138,7 +138,7 @@ def open_stream(
     features = tables[name].features
     images, labels = choose_columns(features, dataset, image_column, label_column)
     if isinstance(features[images], (datasets.Array2D, datasets.Array3D)):
-        raise ByolTimmError(f"column {images} of {dataset} holds arrays; --streaming reads image files. leave it out")
+        raise ByolTimmError(f"column {images} of {dataset} holds arrays; --streaming reads image files. Leave it out")
     with loading(dataset, path):
         shards = _open_shards(builder, name, tables[name], images)
     total = _total(shards, builder.info.splits or {}, name, dataset, num_images)
@@ -146,7 +146,7 @@ def open_stream(
     # The first rows of some shards are the bank, less those held out where there is no test split.
     heads = _heads(shards, labels or images, BANK + QUERIES if labels else UNLABELLED)
     if not heads:
-        raise ByolTimmError(f"dataset {dataset} has no rows in split {name}. check --dataset and --split")
+        raise ByolTimmError(f"dataset {dataset} has no rows in split {name}. Check --dataset and --split")
     test_name, test_shards, held_out = None, shards, list[_Cell]()
     for other in TEST_NAMES:
         if labels and not held_out and other != name and other in tables and labels in tables[other].features:
@@ -181,26 +181,26 @@ def _check(dataset: str, path: Path, config: str | None) -> None:
     """Raise `ByolTimmError` for what cannot be streamed, as far as names tell."""
     suffixes = " ".join(FORMATS.values())
     if dataset == "digits":
-        raise ByolTimmError("--streaming is for more images than memory holds, digits are 1,797. leave it out")
+        raise ByolTimmError("--streaming is for more images than memory holds, digits are 1,797. Leave it out")
     if any((path / name).exists() for name in ("state.json", "dataset_dict.json")):
-        raise ByolTimmError(f"dataset {dataset} of save_to_disk is never held in memory. leave out --streaming")
+        raise ByolTimmError(f"dataset {dataset} of save_to_disk is never held in memory. Leave out --streaming")
     if path.is_file():
         if path.suffix not in FORMATS.values():
-            raise ByolTimmError(f"dataset {dataset} is no shard ({suffixes}). check --dataset")
+            raise ByolTimmError(f"dataset {dataset} is no shard ({suffixes}). Check --dataset")
         if config is not None:
-            raise ByolTimmError(f"--dataset_config ({config}) is for data sets with several. leave it out")
+            raise ByolTimmError(f"--dataset_config ({config}) is for data sets with several. Leave it out")
     elif path.is_dir():
         files = scan(path)
         found = {suffix: files.others[suffix] for suffix in FORMATS.values() if files.others[suffix]}
         if not found and files.images:
-            raise ByolTimmError(f"the image files of {dataset} are read one by one anyway. leave out --streaming")
+            raise ByolTimmError(f"the image files of {dataset} are read one by one anyway. Leave out --streaming")
         if not found:
-            raise ByolTimmError(f"no shards found in {dataset} (looked for {suffixes}). check --dataset")
+            raise ByolTimmError(f"no shards found in {dataset} (looked for {suffixes}). Check --dataset")
         if len(found) > 1 or files.images:
             kinds = " and ".join(f"{count} {kind}" for kind, count in {**found, "images": len(files.images)}.items())
-            raise ByolTimmError(f"data folder {dataset} holds {kinds}. give the folder of one kind")
+            raise ByolTimmError(f"data folder {dataset} holds {kinds}. Give the folder of one kind")
     elif not re.fullmatch(HUB_ID, dataset):
-        raise ByolTimmError(f"data folder {dataset} does not exist. check --dataset")
+        raise ByolTimmError(f"data folder {dataset} does not exist. Check --dataset")
 
 
 def _open(dataset: str, path: Path, config: str | None) -> "tuple[Any, dict[str, datasets.IterableDataset]]":
@@ -217,7 +217,7 @@ def _open(dataset: str, path: Path, config: str | None) -> "tuple[Any, dict[str,
         tables = {str(name): table for name, table in builder.as_streaming_dataset().items()} if known else {}
     if not known:
         wanted = " ".join(FORMATS.values())
-        raise ByolTimmError(f"dataset {dataset} is of {builder.name}; --streaming reads {wanted} shards. leave it out")
+        raise ByolTimmError(f"dataset {dataset} is of {builder.name}; --streaming reads {wanted} shards. Leave it out")
     return builder, tables
 
 
@@ -238,15 +238,15 @@ def _total(shards: _Shards, infos: Mapping[str, Any], split: str, dataset: str, 
     if shards.counts is not None:
         total = int(shards.counts.sum())
         if num_images not in (None, total):
-            raise ByolTimmError(f"--num_images ({num_images}) is wrong: {dataset} has {total} rows. leave it out")
+            raise ByolTimmError(f"--num_images ({num_images}) is wrong: {dataset} has {total} rows. Leave it out")
     elif num_images is not None:
         total = num_images
     elif split in infos:
         total = infos[split].num_examples
     else:
-        raise ByolTimmError(f"nothing says how many images {dataset} has in split {split}. give --num_images")
+        raise ByolTimmError(f"nothing says how many images {dataset} has in split {split}. Give --num_images")
     if not total:
-        raise ByolTimmError(f"dataset {dataset} has no rows in split {split}. check --dataset and --split")
+        raise ByolTimmError(f"dataset {dataset} has no rows in split {split}. Check --dataset and --split")
     return total
 
 
@@ -350,7 +350,7 @@ def _read(shards: _Shards, shard: int, start: int, column: str) -> Iterator[Any]
         # Of many kinds: broken files, files that are gone, no network.
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ByolTimmError(
-            f"reading stopped at {shards.describe(shard, start)} ({reason}). check the file, then go on with --resume"
+            f"reading stopped at {shards.describe(shard, start)} ({reason}). Check the file, then go on with --resume"
         ) from error
 
 

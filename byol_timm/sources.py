@@ -134,21 +134,21 @@ def open_dataset(
     held_out = HELD_OUT
     if files and files.tables and files.images:
         count = f"{files.tables} tables and {len(files.images)} images"
-        raise ByolTimmError(f"data folder {dataset} holds {count}. give the folder of one kind")
+        raise ByolTimmError(f"data folder {dataset} holds {count}. Give the folder of one kind")
     if dataset == "digits" or (files and not files.tables):
         for flag, value in dict(dataset_config=config, image_column=image_column, label_column=label_column).items():
             if value is not None:
-                raise ByolTimmError(f"--{flag} ({value}) is for tables and {dataset} is none. leave it out")
+                raise ByolTimmError(f"--{flag} ({value}) is for tables and {dataset} is none. Leave it out")
     if dataset == "digits":
         parts, held_out = _digits(), DIGITS_HELD_OUT
     elif files and not files.tables:
         parts = _folder(path, files, split)
     elif path.is_file() and path.suffix not in TABLES:
-        raise ByolTimmError(f"dataset {dataset} is a file. give a folder of images, or a .parquet or .arrow file")
+        raise ByolTimmError(f"dataset {dataset} is a file. Give a folder of images, or a .parquet or .arrow file")
     elif path.exists() or re.fullmatch(HUB_ID, dataset):
         parts = _columns(_load_tables(dataset, path, config), dataset, image_column, label_column)
     else:
-        raise ByolTimmError(f"data folder {dataset} does not exist. check --dataset")
+        raise ByolTimmError(f"data folder {dataset} does not exist. Check --dataset")
     return _choose(parts, dataset, split, in_chans, seed, held_out if hold_out else None)
 
 
@@ -193,7 +193,7 @@ def readable(images: Images, count: int, read: Callable[[int], T]) -> Iterator[T
             found = True
             yield result
     if not found:
-        raise ByolTimmError(f"no image of {images.name} can be read ({reason}). check the files")
+        raise ByolTimmError(f"no image of {images.name} can be read ({reason}). Check the files")
 
 
 # Sources
@@ -320,7 +320,7 @@ def _choose(
     train_name = train_split(parts, name, split)
     train = _images(parts[train_name], name, channels, parts[train_name].class_names)
     if not len(train):
-        raise ByolTimmError(f"dataset {name} has no rows in split {train_name}. check --dataset and --split")
+        raise ByolTimmError(f"dataset {name} has no rows in split {train_name}. Check --dataset and --split")
     source = f"{len(train):,} images of {name}" + (f", split {train_name}" if len(parts) > 1 else "")
     if train.labels is None:
         return Splits(train, None, f"{source}, unlabelled: no evaluation")
@@ -343,10 +343,10 @@ def _choose(
 def train_split(parts: Collection[str], name: str, split: str | None) -> str:
     """The split to train on: as asked, or `train`, or the only one; raises `ByolTimmError`."""
     if split is None and TRAIN not in parts and len(parts) > 1:
-        raise ByolTimmError(f"dataset {name} has no split train, only {', '.join(parts)}. choose one with --split")
+        raise ByolTimmError(f"dataset {name} has no split train, only {', '.join(parts)}. Choose one with --split")
     chosen = split or (TRAIN if TRAIN in parts else next(iter(parts)))
     if chosen not in parts:
-        raise ByolTimmError(f"dataset {name} has no split {chosen}. choose one with --split: {', '.join(parts)}")
+        raise ByolTimmError(f"dataset {name} has no split {chosen}. Choose one with --split: {', '.join(parts)}")
     return chosen
 
 
@@ -469,7 +469,7 @@ def _load_tables(dataset: str, path: Path, config: str | None) -> "dict[str, dat
     saved = any((path / name).exists() for name in ("state.json", "dataset_dict.json"))
     if config is not None and (saved or path.is_file()):
         raise ByolTimmError(
-            f"--dataset_config ({config}) is for data sets with several and {dataset} is one. leave it out"
+            f"--dataset_config ({config}) is for data sets with several and {dataset} is one. Leave it out"
         )
     with loading(dataset, path):
         if saved:
@@ -493,7 +493,7 @@ def loading(dataset: str, path: Path) -> Iterator[None]:
         # Of many kinds: no network, no such data set, no such configuration, broken files, a full disk.
         reason = " ".join(str(error).split()) or type(error).__name__
         what = "cannot be loaded" if path.exists() else "is no folder here and cannot be loaded from the Hub"
-        raise ByolTimmError(f"dataset {dataset} {what} ({reason}). check --dataset and --dataset_config") from error
+        raise ByolTimmError(f"dataset {dataset} {what} ({reason}). Check --dataset and --dataset_config") from error
 
 
 @contextlib.contextmanager
@@ -532,18 +532,18 @@ def choose_columns(
 
     for flag, column in (("image_column", image_column), ("label_column", label_column)):
         if column is not None and column not in features:
-            raise ByolTimmError(f"no column {column} in {name}; columns: {', '.join(features)}. check --{flag}")
+            raise ByolTimmError(f"no column {column} in {name}; columns: {', '.join(features)}. Check --{flag}")
     if image_column is None:
         found = [column for column, kind in features.items() if isinstance(kind, datasets.Image)]
         found = found or [column for column, kind in features.items() if _holds_images(kind)]
         if len(found) != 1:
             what = "several image columns" if found else "no image column"
             raise ByolTimmError(
-                f"{what} in {name}; columns: {', '.join(found or features)}. choose with --image_column"
+                f"{what} in {name}; columns: {', '.join(found or features)}. Choose with --image_column"
             )
         image_column = found[0]
     elif not _holds_images(features[image_column]):
-        raise ByolTimmError(f"column {image_column} of {name} holds no images. choose another with --image_column")
+        raise ByolTimmError(f"column {image_column} of {name} holds no images. Choose another with --image_column")
     if label_column is None:
         found = [column for column, kind in features.items() if isinstance(kind, datasets.ClassLabel)]
         label_column = found[0] if len(found) == 1 else None
@@ -579,7 +579,7 @@ def name_classes(values: list[Any], kind: Any, column: str) -> tuple[list[str | 
         return [kind.names[v] if v is not None and v >= 0 else None for v in values], tuple(kind.names)
     if not all(v is None or isinstance(v, (int, str)) for v in values):
         raise ByolTimmError(
-            f"column {column} holds neither class labels, whole numbers nor texts. check --label_column"
+            f"column {column} holds neither class labels, whole numbers nor texts. Check --label_column"
         )
     classes = [None if v is None or v == -1 else str(v) for v in values]
     return classes, tuple(sorted({c for c in classes if c is not None}, key=_natural))

@@ -137,7 +137,7 @@ class StreamBatches:
             if len(held) < min(block, length - begin):
                 found = begins + begin + len(held) + self.stream.held_out
                 raise ByolTimmError(
-                    f"{self.stream.name} ended after {found} images. start anew with --num_images {found}"
+                    f"{self.stream.name} ended after {found} images. Start anew with --num_images {found}"
                 )
             order = np.random.default_rng((self.seed % 2**64, epoch, 1 + lane, begin)).permutation(len(held))
             # From the end, so that images are let go as they are passed on.
@@ -174,7 +174,7 @@ def _read_ahead(items: Iterable[Any], depth: int) -> Generator[Any]:
                 raise error
             yield item
     except queue.Empty:
-        raise ByolTimmError(f"the shards gave nothing for {TIMEOUT:.0f} s. check the connection") from None
+        raise ByolTimmError(f"the shards gave nothing for {TIMEOUT:.0f} s. Check the connection") from None
     finally:
         ended.set()
         thread.join(timeout=5)

@@ -150,7 +150,7 @@ def test_of_several_processes_one_writes_and_all_read(photos, tmp_path, monkeypa
 def test_no_room_a_file_in_the_way_and_damage_are_told_in_one_line(photos, tmp_path, monkeypatch):
     images = open_dataset(photos, hold_out=False).train
     (tmp_path / "file").write_text("")
-    with pytest.raises(ByolTimmError, match=r"cannot write to --decoded_cache .*choose another folder") as error:
+    with pytest.raises(ByolTimmError, match=r"cannot write to --decoded_cache .*Choose another folder") as error:
         open_cache(images, tmp_path / "file")
     one_line(error)
     cached = open_cache(images, tmp_path / "cache", workers=0)
@@ -158,11 +158,11 @@ def test_no_room_a_file_in_the_way_and_damage_are_told_in_one_line(photos, tmp_p
         file.truncate(100)
     with pytest.raises(BadImage, match="decoded cache"):
         cached.decode(39)
-    with pytest.raises(ByolTimmError, match=r"is damaged \(100 bytes of \d+\)\. delete it") as error:
+    with pytest.raises(ByolTimmError, match=r"is damaged \(100 bytes of \d+\)\. Delete it") as error:
         open_cache(images, tmp_path / "cache")
     one_line(error)
     monkeypatch.setattr(cache.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 0, 10))
-    with pytest.raises(ByolTimmError, match=r"take about .* GB free\. lower --decoded_side") as error:
+    with pytest.raises(ByolTimmError, match=r"take about .* GB free\. Lower --decoded_side") as error:
         open_cache(images, tmp_path / "full", workers=0)
     one_line(error)
     assert written(tmp_path / "full") == []

@@ -169,8 +169,8 @@ def test_folders_without_images_say_what_they_hold(tmp_path, names, found):
         ({"dataset": "/no/such/folder"}, "data folder /no/such/folder does not exist"),
         ({"dataset": "a/b/c"}, "data folder a/b/c does not exist"),
         ({"dataset": "images.parquet"}, "data folder images.parquet does not exist"),
-        ({"dataset": __file__}, "is a file. give a folder"),
-        ({"split": "test"}, "no split test. choose one with --split: train"),
+        ({"dataset": __file__}, "is a file. Give a folder"),
+        ({"split": "test"}, "no split test. Choose one with --split: train"),
         ({"image_column": "image"}, r"--image_column \(image\) is for tables and digits is none"),
         ({"dataset": "nobody/nothing"}, "is no folder here and cannot be loaded from the Hub"),
         ({"dataset": "cifar10", "split": "test"}, "is no folder here and cannot be loaded from the Hub"),
@@ -237,7 +237,7 @@ def test_another_split_can_be_trained_on(saved):
     splits = open_dataset(str(saved / "hub"), split="test")
     assert len(splits.train) + len(splits.test) == 50 and "split test" in splits.note
     with pytest.raises(
-        ByolTimmError, match=r"no split val\. choose one with --split: (test, train|train, test)"
+        ByolTimmError, match=r"no split val\. Choose one with --split: (test, train|train, test)"
     ) as error:
         open_dataset(str(saved / "hub"), split="val")
     one_line(error)
@@ -373,7 +373,7 @@ def test_without_a_split_named_train_one_must_be_chosen(tmp_path):
     digits_table(10).save_to_disk(tmp_path / "one")
     tables = {"a": digits_table(10), "b": digits_table(20)}
     datasets.DatasetDict(tables).save_to_disk(tmp_path / "two")
-    with pytest.raises(ByolTimmError, match=r"no split train, only a, b\. choose one with --split") as error:
+    with pytest.raises(ByolTimmError, match=r"no split train, only a, b\. Choose one with --split") as error:
         open_dataset(str(tmp_path / "two"))
     one_line(error)
     splits = open_dataset(str(tmp_path / "two"), split="b")

@@ -418,8 +418,8 @@ def test_a_wrong_number_of_images_is_told(folders):
     [
         ("digits", "leave it out"),
         ("nothing/here/at/all", "does not exist"),
-        ("images", r"read one by one anyway. leave out --streaming"),
-        ("saved", "never held in memory. leave out --streaming"),
+        ("images", r"read one by one anyway. Leave out --streaming"),
+        ("saved", "never held in memory. Leave out --streaming"),
         ("empty", r"no shards found .*\.parquet \.arrow \.tar"),
         ("mixed", r"holds 1 \.parquet and 1 \.tar"),
         ("text.txt", "is no shard"),
