@@ -21,6 +21,8 @@ ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "recipes").glob("*.md"))]
 
 FIRST = ["accelerate", "launch", "recipes/pretrain.py", "--backbone", "resnet18"]
+# Commands that need neither the Hub nor other packages.
+ALONE = r"recipes/\w+\.py(?!.*( user/|--against))"
 FEW_STEPS = "--epochs 1 --batch_size 256 --hidden_dim 32 --projection_dim 16".split()
 # What makes a command of the docs end within seconds, on few small images; everything else is run as it is written.
 SHORT = {
@@ -29,6 +31,7 @@ SHORT = {
     "--projection_dim 16 --workers 0 --label_shares 1 --image_shares 0.5 --seeds 0 --finetune_epochs 1 "
     "--finetune_lrs 0.1 --finetune_steps 2",
     "finetune.py": "--epochs 1 --lrs 0.1",
+    "benchmark.py": "--backbone test_resnet --image_size 32 --batch_size 8 --hidden_dim 32 --rounds 1 --seconds 0.01",
 }
 
 
@@ -86,9 +89,9 @@ def test_python_blocks_run(block, folder):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("command", [c for c in commands(r"recipes/\w+\.py(?!.* user/)") if c.values[0] != FIRST])
+@pytest.mark.parametrize("command", [command for command in commands(ALONE) if command.values[0] != FIRST])
 def test_commands_run(command, folder):
-    """All but those that need the Hub, which are parsed below, and the first, behind which the reader is."""
+    """All but the first, which made the folder, and those that do not run alone, which are parsed below."""
     recipe = next(Path(word).name for word in command if word.startswith("recipes/"))
     short = FEW_STEPS if "--resume" in command else SHORT.get(recipe, "").split()
     if "--num_images" in command:
