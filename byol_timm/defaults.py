@@ -12,7 +12,7 @@ from .augment import AUGMENTATIONS, Augmentation
 from .config import PretrainConfig
 from .errors import ByolTimmError
 
-DIGITS = dict(epochs=14, batch_size=64, opt="lars", target_decay=0.95, hidden_dim=2048, num_head_layers=3)
+DIGITS = dict(epochs=14, batch_size=64, opt="lars", lr=2.5, target_decay=0.95, hidden_dim=2048, num_head_layers=3)
 AUGMENTATION_FLAGS = ("crop_scale", "rotate", "flip", "jitter", "colors", "blur", "solarize")
 # Evaluation takes at most this share of a run's forward passes, of which a training image needs eight: two views
 # through two networks, and backward passes of twice a forward's cost through one of them.

@@ -21,16 +21,15 @@ ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "recipes").glob("*.md"))]
 
 FIRST = ["accelerate", "launch", "recipes/pretrain.py", "--backbone", "resnet18"]
-# Commands that need neither the Hub nor other packages.
-ALONE = r"recipes/\w+\.py(?!.*( user/|--against))"
+# Commands that need neither the Hub nor other packages, nor minutes.
+ALONE = r"recipes/(?!finetune)\w+\.py(?!.*( user/|--against))"
 FEW_STEPS = "--epochs 1 --batch_size 256 --hidden_dim 32 --projection_dim 16".split()
 # What makes a command of the docs end within seconds, on few small images; everything else is run as it is written.
 SHORT = {
-    "pretrain.py": "--image_size 32 --epochs 1 --batch_size 16 --hidden_dim 32 --projection_dim 16 --workers 0",
-    "frozen_vs_unfrozen.py": "--backbone test_resnet --image_size 32 --epochs 1 --batch_size 16 --hidden_dim 32 "
-    "--projection_dim 16 --workers 0 --label_shares 1 --image_shares 0.5 --seeds 0 --finetune_epochs 1 "
-    "--finetune_lrs 0.1 --finetune_steps 2",
-    "finetune.py": "--epochs 1 --lrs 0.1",
+    "pretrain.py": "--image_size 32 --epochs 1 --batch_size 16 --hidden_dim 32 --projection_dim 16 --overwrite",
+    "frozen_vs_unfrozen.py": "--dataset path/to/images --image_size 32 --epochs 1 --batch_size 8 --hidden_dim 32 "
+    "--projection_dim 16 --label_shares 1 --image_shares 0.5 --seeds 0 --finetune_epochs 1 --finetune_lrs 0.1 "
+    "--finetune_steps 2",
     "benchmark.py": "--backbone test_resnet --image_size 32 --batch_size 8 --hidden_dim 32 --rounds 1 --seconds 0.01",
 }
 
@@ -73,10 +72,7 @@ def folder(tmp_path_factory):
         image, label = (f"{n:03}.png", encoded(photo(20, 16, n))), (f"{n:03}.cls", b"0")
         files += [label, image]
     write_tar(folder / "path/to/tars/train-0.tar", files)
-    weights = {
-        f"backbone.{name}": value for name, value in timm.create_model("resnet18", num_classes=0).state_dict().items()
-    }
-    torch.save({"state_dict": weights}, folder / "path/to/checkpoint.ckpt")
+    torch.save(timm.create_model("resnet18").state_dict(), folder / "path/to/checkpoint.ckpt")
     first = reader(folder, *FIRST, *FEW_STEPS)
     assert first.returncode == 0, first.stderr
     return folder
