@@ -7,11 +7,13 @@ import hashlib
 import logging
 import os
 import platform
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+import psutil
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.optimizer import AcceleratedOptimizer
@@ -74,6 +76,8 @@ def create_accelerator(trackers: Sequence[str], folder: Path) -> Accelerator:
         raise ByolTimmError(unseen)
     if accelerator.device.type == "cpu":
         _keep_freed_memory()
+        if accelerator.num_processes == 1 and _threads_are_left_open():
+            torch.set_num_threads(_cores())
         if accelerator.mixed_precision == "fp16":
             raise ByolTimmError("mixed precision fp16 needs a GPU. Use bf16 or no")
         if accelerator.mixed_precision == "bf16" and not torch.cpu._is_avx512_bf16_supported():
@@ -89,6 +93,27 @@ def _keep_freed_memory() -> None:
         libc = ctypes.CDLL(None)
         for option, value in ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, -1)):
             libc.mallopt(option, value)
+
+
+def _threads_are_left_open() -> bool:
+    """Whether the one thread that Accelerate's launcher gives a process on a CPU is its default and nobody's wish."""
+    if "ACCELERATE_MIXED_PRECISION" not in os.environ or os.environ.get("OMP_NUM_THREADS") != "1":
+        return False
+    try:
+        launcher = psutil.Process().parent()
+        return (
+            launcher is not None
+            and "OMP_NUM_THREADS" not in launcher.environ()
+            and not any(word.startswith("--num_cpu_threads_per_process") for word in launcher.cmdline())
+        )
+    except psutil.Error:
+        return False
+
+
+def _cores() -> int:
+    """Cores that this process may use, not counting the second thread of one."""
+    allowed = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+    return min(allowed, psutil.cpu_count(logical=False) or allowed)
 
 
 def _is_set(variable: str) -> bool:

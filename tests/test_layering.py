@@ -33,6 +33,7 @@ OWNERS = {
     "PIL": {"decoding"},
     "huggingface_hub": {"hub", "card"},
     "matplotlib": {"report"},
+    "psutil": {"launch"},
     "sklearn": {"benchmark", "evaluation", "report"},
     "tyro": {"config"},
     "yaml": {"config", "card", "report"},

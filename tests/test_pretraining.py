@@ -2,6 +2,7 @@ import copy
 import dataclasses
 import json
 import math
+import os
 import re
 import shutil
 import signal
@@ -25,6 +26,7 @@ from byol_timm.config import EvaluationConfig, parse
 from byol_timm.errors import ByolTimmError
 from byol_timm.evaluation import dataset_features, extract_features, knn, open_evaluation
 from byol_timm.interruption import Interrupted
+from byol_timm.launch import _cores
 from byol_timm.metrics import read_metrics
 from byol_timm.pretraining import MAX_SKIPPED_STEPS, Schedule, _mends_itself, open_images, train_step
 
@@ -499,6 +501,24 @@ def test_launches_that_cannot_train_are_refused(tmp_path, monkeypatch, variables
         monkeypatch.setenv(name, value)
     with pytest.raises(ByolTimmError, match=message):
         pretrain(quick(tmp_path / "run"))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="of a CPU")
+@pytest.mark.parametrize("wish", [[], ["--num_cpu_threads_per_process", "1"], ["OMP_NUM_THREADS=1"]], ids=str)
+def test_a_launch_on_a_cpu_takes_all_cores_unless_it_says_how_many(tmp_path, wish):
+    script = tmp_path / "threads.py"
+    script.write_text(
+        "import pathlib, torch\n"
+        "from byol_timm.launch import create_accelerator\n"
+        "create_accelerator((), pathlib.Path())\n"
+        "print(torch.get_num_threads())\n"
+    )
+    flags = [word for word in wish if word.startswith("-") or word.isdecimal()]
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    environment |= dict(word.split("=") for word in wish if "=" in word)
+    call = [sys.executable, "-m", "accelerate.commands.launch", *flags, str(script)]
+    result = subprocess.run(call, env=environment, capture_output=True, text=True, check=True)
+    assert int(result.stdout) == (1 if wish else _cores())
 
 
 # Machines at their limits
