@@ -22,7 +22,7 @@ from accelerate.state import AcceleratorState
 from torch import nn
 
 from byol_timm import BYOL, ByolTimmError, PretrainConfig, pretrain, pretraining
-from byol_timm.defaults import resolve_training
+from byol_timm.defaults import has_batch_norm, resolve_training
 from byol_timm.encoder import create_encoder
 from byol_timm.metrics import read_metrics
 
@@ -40,7 +40,10 @@ class WithoutPredictor(BYOL):
 
 def measure(backbone: str, run: str, epochs: int) -> tuple[list[dict[str, Any]], str]:
     """The rows of metrics.jsonl of a run, and what was heard of a collapse or another end."""
-    config: Any = PretrainConfig(backbone=backbone, epochs=epochs, batch_size=64, hidden_dim=512)
+    views = dict(crop_scale=(0.5, 1.0), rotate=12.0, jitter=0.8)
+    config: Any = PretrainConfig(backbone=backbone, epochs=epochs, batch_size=64, hidden_dim=512, **views)
+    if has_batch_norm(create_encoder(backbone, image_size=32)):
+        config = dataclasses.replace(config, opt="sgd", lr=0.4, weight_decay=1e-4, target_decay=0.95, num_head_layers=2)
     if run.startswith("lr x"):
         lr = resolve_training(config, create_encoder(backbone, image_size=32), 64, 1).lr
         config = dataclasses.replace(config, lr=lr * float(run.removeprefix("lr x")))

@@ -53,9 +53,12 @@ def test_parquet_has_names_rows_labels_and_features_in_order(encoder, images, tm
 def test_datasets_reads_the_parquet(encoder, images, tmp_path):
     import datasets
 
-    datasets.disable_progress_bars()
     [path] = save_features(encoder, images, PREPARATION, tmp_path)
-    table = datasets.Dataset.from_parquet(str(path), cache_dir=str(tmp_path / "cache")).with_format("numpy")
+    datasets.disable_progress_bars()
+    try:
+        table = datasets.Dataset.from_parquet(str(path), cache_dir=str(tmp_path / "cache")).with_format("numpy")
+    finally:
+        datasets.enable_progress_bars()
     assert table["features"][:].shape == (100, 96) and table["features"][:].dtype == np.float32
 
 

@@ -134,10 +134,10 @@ def test_the_last_accuracy_is_that_of_the_shipped_encoder_and_not_of_its_target(
 def test_learning_rate_and_target_decay_follow_the_paper(run):
     folder, _ = run
     rows = [row for row in read_metrics(folder / "metrics.jsonl") if "loss" in row]
-    schedule = Schedule(5, 5, warmup_steps=0, global_batch=256, peak_lr=0.4, base_target_decay=0.95)
+    schedule = Schedule(5, 5, warmup_steps=0, global_batch=256, peak_lr=2.5, base_target_decay=0.95)
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5]
     assert [row["target_decay"] for row in rows] == [schedule.target_decay(step) for step in range(5)]
-    assert rows[0]["lr"] == 0.4
+    assert rows[0]["lr"] == 2.5
 
 
 def test_the_same_seed_gives_the_same_bits_and_another_seed_others(run, tmp_path):

@@ -416,7 +416,7 @@ def test_a_wrong_number_of_images_is_told(folders):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("digits", "leave it out"),
+        ("digits", "Leave it out"),
         ("nothing/here/at/all", "does not exist"),
         ("images", r"read one by one anyway. Leave out --streaming"),
         ("saved", "never held in memory. Leave out --streaming"),
