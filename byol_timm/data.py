@@ -225,7 +225,7 @@ def check_batch(num_images: int, batch_size: int, global_batch: int, world: int)
         product = f"{batch_size} x {world * micro_batches}"
         raise ByolTimmError(
             f"dataset has {num_images} images but the global batch is {global_batch} ({product}). "
-            "lower --batch_size, the processes or the accumulation"
+            "Lower --batch_size, the processes or the accumulation"
         )
 
 
@@ -477,7 +477,7 @@ def _check_shared_memory(needed: int, folder: str = "/dev/shm") -> None:
     if needed > free:
         raise ByolTimmError(
             f"workers need about {needed / 2**20:.0f} MB of shared memory, {folder} has {free / 2**20:.0f} MB free. "
-            "use --workers 0, fewer workers, or docker --shm-size"
+            "Use --workers 0, fewer workers, or docker --shm-size"
         )
 
 

@@ -7,7 +7,6 @@ import hashlib
 import logging
 import os
 import platform
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -76,12 +75,12 @@ def create_accelerator(trackers: Sequence[str], folder: Path) -> Accelerator:
         raise ByolTimmError(unseen)
     if accelerator.device.type == "cpu":
         _keep_freed_memory()
-        if accelerator.num_processes == 1 and _threads_are_left_open():
-            torch.set_num_threads(_cores())
         if accelerator.mixed_precision == "fp16":
             raise ByolTimmError("mixed precision fp16 needs a GPU. Use bf16 or no")
         if accelerator.mixed_precision == "bf16" and not torch.cpu._is_avx512_bf16_supported():
             logger.warning("this CPU has no bf16 instructions: expect bf16 to be several times slower than no")
+        if accelerator.num_processes == 1 and _threads_are_left_open():
+            torch.set_num_threads(_cores())
     elif accelerator.mixed_precision == "bf16" and not torch.cuda.is_bf16_supported():
         raise ByolTimmError("this GPU has no bf16. Use fp16 or no")
     return accelerator
@@ -111,9 +110,10 @@ def _threads_are_left_open() -> bool:
 
 
 def _cores() -> int:
-    """Cores that this process may use, not counting the second thread of one."""
-    allowed = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
-    return min(allowed, psutil.cpu_count(logical=False) or allowed)
+    """Cores that this process may use, by affinity and container, not counting the second thread of one."""
+    import joblib
+
+    return joblib.cpu_count(only_physical_cores=True)
 
 
 def _is_set(variable: str) -> bool:

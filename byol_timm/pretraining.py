@@ -790,7 +790,8 @@ def _finish(
     Figures that a user has deleted with metrics.jsonl are left out.
     """
     rows = read_metrics(folder / "metrics.jsonl")
-    record["health"] = {name: row[name] for row in rows if "loss" in row for name in (*HEALTH, "effective_rank")}
+    trained = [row for row in rows if "loss" in row]
+    record["health"] = {name: trained[-1][name] for name in (*HEALTH, "effective_rank")} if trained else {}
     baselines = {}
     if held_out is not None:
         accuracies = {row["step"]: row["knn"] for row in rows if "knn" in row}

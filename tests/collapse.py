@@ -3,8 +3,9 @@
     python tests/collapse.py
     python tests/collapse.py --backbones test_vit --runs healthy "lr x1000" --epochs 6
 
-Prints a table in Markdown. A run is an ordinary `pretrain` with what byol_timm chooses for the backbone, in batches of
-64; `tau 0` holds the target at the online network throughout.
+Prints a table in Markdown. A run is an ordinary `pretrain` in batches of 64, on views strong enough that a collapse
+comes soon: with SGD where there is BatchNorm, else with what byol_timm chooses; `tau 0` holds the target at the online
+network throughout.
 """
 
 import argparse

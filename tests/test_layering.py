@@ -32,6 +32,7 @@ OWNERS = {
     "pyarrow": {"sources", "shards", "extraction"},
     "PIL": {"decoding"},
     "huggingface_hub": {"hub", "card"},
+    "joblib": {"launch"},
     "matplotlib": {"report"},
     "psutil": {"launch"},
     "sklearn": {"benchmark", "evaluation", "report"},
