@@ -129,7 +129,8 @@ def test_every_setting_that_launching_names_exists():
     text = (ROOT / "recipes/launching.md").read_text(encoding="utf-8")
     launchers = """
         multi_gpu num_processes num_machines machine_rank main_process_ip main_process_port mixed_precision cpu
-        num_cpu_threads_per_process gradient_accumulation_steps nnodes nproc_per_node node_rank master_addr master_port nodes ntasks gpus cpus time
+        num_cpu_threads_per_process gradient_accumulation_steps nnodes nproc_per_node node_rank master_addr master_port
+        nodes ntasks gpus cpus time
     """
     ours = set(re.findall(r"--([a-z_]+)", text)) - set(launchers.split())
     assert ours <= {field.name for field in dataclasses.fields(PretrainConfig)}
