@@ -6,6 +6,7 @@ import difflib
 import io
 import logging
 import os
+import signal
 import sys
 import time
 import traceback
@@ -210,6 +211,10 @@ def parse(config_class: type[Config], argv: Sequence[str] | None = None) -> Conf
     try:
         with contextlib.redirect_stderr(output):
             return tyro.cli(config_class, args=argv, use_underscores=True)
+    except BrokenPipeError:
+        # The help went into a pager that was left. Python would fail once more as it empties stdout at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(128 + signal.SIGPIPE) from None
     except SystemExit as stop:
         if stop.code in (0, None):
             raise

@@ -37,6 +37,7 @@ Network = TypeVar("Network", bound=nn.Module)
 
 # Similarities held at a time.
 KNN_VALUES = 2**24
+RAW_PIXELS_SIDE = 32
 # The bias of a class that has no training image: low enough never to be chosen.
 ABSENT = -1e4
 # scikit-learn's default of 100 is too few for weak penalties.
@@ -168,6 +169,20 @@ def dataset_features(
         poll=preparation.poll,
     )
     return features, torch.cat(read).numpy()
+
+
+def raw_pixels(images: Tensor) -> Tensor:
+    """Images [N, C, H, W] as their own representation, float32 [N, C * h * w]: averaged to 32x32 where larger."""
+    if images.shape[-1] > RAW_PIXELS_SIDE:
+        images = torch.cat([F.adaptive_avg_pool2d(part.float(), RAW_PIXELS_SIDE) for part in images.split(256)])
+    return images.float().flatten(1)
+
+
+class RawPixels(nn.Module):
+    """`raw_pixels` in the place of an encoder, to compare encoders with."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return raw_pixels(images)
 
 
 @contextmanager
@@ -641,7 +656,7 @@ def _resolve(protocol: str | Protocol, frozen: bool) -> tuple[str, Protocol]:
 
 
 def _device(module: nn.Module) -> torch.device:
-    return next(module.parameters()).device
+    return next(module.parameters(), torch.empty(0)).device
 
 
 @contextmanager

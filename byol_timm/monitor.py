@@ -7,7 +7,6 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
@@ -15,7 +14,7 @@ from .augment import EvaluationTransform
 from .checkpoint import optimizer_tensors, restore_optimizer
 from .data import load_pixels, subset_indices
 from .defaults import crop_pct
-from .evaluation import OnlineProbe, extract_features, knn, nearest_neighbours
+from .evaluation import OnlineProbe, extract_features, knn, nearest_neighbours, raw_pixels
 from .interruption import Interruption
 from .report import save_embedding, save_neighbours
 from .sources import Images
@@ -25,7 +24,6 @@ Array = NDArray[np.int64]
 NEIGHBOURS = 20
 # A fixed part of the images is enough to see where training goes; `recipes/knn.py` takes all.
 BANK_IMAGES, QUERY_IMAGES, EVALUATION_BYTES = 20_000, 5_000, 2**30
-RAW_PIXELS_SIDE = 32
 PICTURED_IMAGES = 2000
 # Of Adam: learns within a hundred steps from features of any scale between 0.1 and 10.
 PROBE_LR = 3e-2
@@ -133,7 +131,7 @@ class Examples:
 
     def knn_of_pixels(self) -> float:
         """20-NN accuracy of the pixels themselves, of images not larger than 32x32."""
-        bank, queries = (_thumbnails(pixels).flatten(1) for pixels in (self.bank, self.queries))
+        bank, queries = (raw_pixels(images) for images in (self.bank, self.queries))
         return knn(bank, self.bank_labels, queries, self.query_labels, k=NEIGHBOURS)
 
     def save_pictures(self, encoder: nn.Module, folder: Path, *, method: Literal["pca", "tsne"] = "pca") -> None:
@@ -162,9 +160,3 @@ def _load(images: Images, indices: Array, config: Any) -> tuple[Tensor, Tensor]:
 
 class _Stop(Exception):
     """An evaluation was asked to end."""
-
-
-def _thumbnails(pixels: Tensor) -> Tensor:
-    if pixels.shape[-1] <= RAW_PIXELS_SIDE:
-        return pixels.float()
-    return torch.cat([F.adaptive_avg_pool2d(part.float(), RAW_PIXELS_SIDE) for part in pixels.split(256)])

@@ -6,7 +6,8 @@
 The whole training split is the bank, the whole held-out split the queries.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 from byol_timm.config import EvaluationConfig, parse, run
 
@@ -21,25 +22,35 @@ class KnnConfig(EvaluationConfig):
     """Of the votes."""
     center: bool = True
     """Subtract the mean of the training features first."""
+    raw_pixels: bool = False
+    """Tell the accuracy of the images' own pixels too, averaged to 32x32 where they are larger."""
 
 
 def main() -> None:
     config = parse(KnnConfig)
 
-    from byol_timm.evaluation import classification_metrics, dataset_features, knn_scores, open_evaluation
+    from byol_timm.evaluation import RawPixels, classification_metrics, dataset_features, knn_scores, open_evaluation
     from byol_timm.summary import accuracy_lines, save_evaluation
 
     encoder, splits, preparation = open_evaluation(config)
-    bank, banked = dataset_features(encoder, splits.train, preparation)
-    queries, queried = dataset_features(encoder, splits.test, preparation)
     settings = dict(k=config.k, temperature=config.temperature, center=config.center)
     class_names = splits.train.class_names
-    scores = knn_scores(bank, splits.train.labels[banked], queries, num_classes=len(class_names), **settings)
-    metrics = classification_metrics(scores, splits.test.labels[queried])
-    print(f"{config.k}-NN accuracy of {config.encoder} on {config.dataset}, {len(bank):,} images in the bank")
+
+    def evaluate(network: Any, preparation: Any) -> dict[str, Any]:
+        bank, banked = dataset_features(network, splits.train, preparation)
+        queries, queried = dataset_features(network, splits.test, preparation)
+        scores = knn_scores(bank, splits.train.labels[banked], queries, num_classes=len(class_names), **settings)
+        return {"bank_images": len(bank), **classification_metrics(scores, splits.test.labels[queried])}
+
+    metrics = evaluate(encoder, preparation)
+    bank_images = f"{metrics['bank_images']:,} images in the bank"
+    print(f"{config.k}-NN accuracy of {config.encoder} on {config.dataset}, {bank_images}")
     print(*accuracy_lines(metrics, class_names), sep="\n")
+    if config.raw_pixels:
+        metrics["raw_pixels_top1"] = evaluate(RawPixels(), replace(preparation, mean=(0.0,), std=(1.0,)))["top1"]
+        print(f"  raw pixels {metrics['raw_pixels_top1']:.1%}")
     if config.output:
-        chosen = {"encoder": config.encoder, "dataset": config.dataset, "bank_images": len(bank), **settings}
+        chosen = {"encoder": config.encoder, "dataset": config.dataset, **settings}
         save_evaluation(config.output, {**chosen, **metrics}, class_names)
 
 

@@ -51,15 +51,25 @@ def test_help_of_pretrain_does_not_wait_for_torch():
     assert call([sys.executable, "-c", script], ROOT).returncode == 0
 
 
+def test_help_in_a_pager_that_was_left_says_nothing():
+    command = [sys.executable, ROOT / "recipes" / "pretrain.py", "--help"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b"" and process.wait() == 141
+
+
 def test_evaluations_leave_figures_a_confusion_matrix_and_the_labelled_rows(tmp_path):
     encoder = ["--encoder", "test_resnet", "--image_size", "32", "--in_chans", "1", "--workers", "0"]
     for recipe, files in (("knn", set()), ("linear_probe", {"labelled.json"})):
         command = [sys.executable, ROOT / "recipes" / f"{recipe}.py", *encoder, "--output", recipe]
+        command += ["--raw_pixels"] if recipe == "knn" else []
         result = call(command, tmp_path, OMP_NUM_THREADS="1")
         assert result.returncode == 0, result.stderr[-3000:]
         assert {file.name for file in (tmp_path / recipe).iterdir()} == {"results.json", "confusion.png", *files}
         figures = json.loads((tmp_path / recipe / "results.json").read_text())
         assert figures["top1"] > 0.5 and len(figures["confusion"]) == 10
+        if recipe == "knn":
+            assert figures["raw_pixels_top1"] > 0.95 and "raw pixels 9" in result.stdout
     assert len(json.loads((tmp_path / "linear_probe" / "labelled.json").read_text())) == 1438
 
 
