@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from .hub import save_encoder as save_encoder
     from .pretraining import pretrain as pretrain
 
-__version__ = "0.1.0.dev0"
+__version__ = "0.1.0"
 
 _HOMES = {
     "BYOL": "byol",
