@@ -656,6 +656,7 @@ def _resolve(protocol: str | Protocol, frozen: bool) -> tuple[str, Protocol]:
 
 
 def _device(module: nn.Module) -> torch.device:
+    # `RawPixels` has no parameters.
     return next(module.parameters(), torch.empty(0)).device
 
 

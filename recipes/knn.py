@@ -47,6 +47,7 @@ def main() -> None:
     print(f"{config.k}-NN accuracy of {config.encoder} on {config.dataset}, {bank_images}")
     print(*accuracy_lines(metrics, class_names), sep="\n")
     if config.raw_pixels:
+        # Pixels as they are: without centring, an offset would change the cosines.
         metrics["raw_pixels_top1"] = evaluate(RawPixels(), replace(preparation, mean=(0.0,), std=(1.0,)))["top1"]
         print(f"  raw pixels {metrics['raw_pixels_top1']:.1%}")
     if config.output:
