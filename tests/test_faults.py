@@ -361,7 +361,7 @@ def test_a_killed_data_worker_ends_the_run_with_a_checkpoint_and_exit_code_1(tmp
         [worker] = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
         os.kill(int(worker), signal.SIGKILL)
         assert process.wait(PATIENCE) == 1
-    assert re.search(r"data loading worker \(pid.*\) .*retry with --workers 0", one_error(log_of(folder)))
+    assert re.search(r"data loading worker .*(killed|exited).*retry with --workers 0", one_error(log_of(folder)))
     assert load_latest(folder / "checkpoints").step == last_step(folder)
 
 
