@@ -117,7 +117,9 @@ def merge_cards(card: str, ours: str) -> str:
 def redact(value: Any) -> Any:
     """`value` (JSON-like) without secrets and folders of this machine: neither tokens nor home or user names."""
     if isinstance(value, Mapping):
-        return {k: REDACTED if SECRET_KEY.search(str(k)) and v else redact(v) for k, v in value.items()}
+        # Numbers under such names, as `reg_tokens` of a network, are no secrets.
+        secret = {k for k, v in value.items() if SECRET_KEY.search(str(k)) and isinstance(v, str) and v}
+        return {k: REDACTED if k in secret else redact(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
         return [redact(item) for item in value]
     if isinstance(value, Path):

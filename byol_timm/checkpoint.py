@@ -33,6 +33,7 @@ FORMAT = 1
 _MANIFEST = "manifest.json"
 _STATE = "state.json"
 _LOCK = ".lock"
+_RUN_MARKS = (_LOCK, "checkpoints", "encoder", "comparison.json")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -203,20 +204,25 @@ def prepare_output_dir(path: Path, *, resume: bool, overwrite: bool) -> None:
     """Make `path` a folder that a run can write to; with `overwrite`, empty it of an earlier run.
 
     Raises `ByolTimmError` when it is a file, cannot be written, is in use, or holds something that neither `resume` nor
-    `overwrite` allows for. `overwrite` refuses a folder that no run ever locked.
+    `overwrite` allows for. `overwrite` refuses a folder that no run ever locked, `resume` one that holds no run.
     """
     try:
         path.mkdir(parents=True, exist_ok=True)
         probe = path / f".tmp-probe-{os.getpid()}"
         probe.write_bytes(b"x")
         probe.unlink()
-        held = [entry for entry in path.iterdir() if entry.name != _LOCK]
+        held = [entry for entry in path.iterdir() if entry.name != _LOCK and not entry.name.startswith(".tmp-probe")]
     except FileExistsError:
         raise ByolTimmError(f"{path} is a file. Choose another --output_dir") from None
     except OSError as error:
         shown = f"{path}" if len(str(path)) < 200 else f"{str(path)[:60]}..."
         raise ByolTimmError(f"cannot write to {shown} ({error.strerror}). Choose another --output_dir") from error
-    if not held or (resume and not overwrite):
+    if not held:
+        return
+    if resume and not overwrite:
+        # A lock made here would let `overwrite` take a folder of photographs for a run. A copy of a run may lack it.
+        if not any((path / mark).exists() for mark in _RUN_MARKS):
+            raise ByolTimmError(f"{path} holds no run to go on with. Choose another --output_dir")
         return
     if not overwrite:
         raise ByolTimmError(

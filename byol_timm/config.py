@@ -152,7 +152,7 @@ class PretrainConfig:
     push_training_state: bool = False
     """Push target network and heads too, so that somebody else can continue with --training_state."""
     dry_run: bool = False
-    """Print what would be done, write views.png, and stop."""
+    """Print what would be done, leave views.png in OUTPUT_DIR-dry_run, and stop."""
     debug: bool = False
     """Show the traceback of an error."""
 

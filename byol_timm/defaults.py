@@ -18,6 +18,8 @@ AUGMENTATION_FLAGS = ("crop_scale", "rotate", "flip", "jitter", "colors", "blur"
 # through two networks, and backward passes of twice a forward's cost through one of them.
 EVALUATION_SHARE, FORWARDS_PER_IMAGE = 0.1, 8
 SHUFFLE_BUFFER = 10_000
+# Steps between lines of metrics, and checkpoints, at most: what the collapse alarm waits for, and what a kill may cost.
+LOG_EVERY, SAVE_EVERY = 100, 2_000
 
 
 def output_dir(config: PretrainConfig) -> Path:
@@ -74,15 +76,15 @@ def resolve_training(config: PretrainConfig, encoder: nn.Module, num_images: int
     return dataclasses.replace(config, **{k: v for k, v in wanted.items() if getattr(config, k) is None})
 
 
-def resolve_intervals(config: PretrainConfig, steps_per_epoch: int, num_images: int) -> Any:
+def resolve_intervals(config: PretrainConfig, steps_per_epoch: int) -> Any:
     """`config` with the steps between lines of metrics and checkpoints, and the epochs between kNN evaluations."""
     epochs = config.epochs or 1
     total_steps = epochs * steps_per_epoch
     affordable = EVALUATION_SHARE * FORWARDS_PER_IMAGE * epochs
     return dataclasses.replace(
         config,
-        log_every=config.log_every or max(1, total_steps // 50),
-        save_every=config.save_every or max(1, total_steps // 10),
+        log_every=config.log_every or max(1, min(LOG_EVERY, total_steps // 50)),
+        save_every=config.save_every or max(1, min(SAVE_EVERY, total_steps // 10)),
         knn_every=config.knn_every or -(-epochs // max(1, min(10, int(affordable)))),
     )
 
@@ -122,19 +124,26 @@ def check(config: PretrainConfig) -> None:
             raise ByolTimmError(f"--{name} must be positive ({value})")
     if config.batch_size == 1:
         raise ByolTimmError("--batch_size must be 2 or more (1): BatchNorm compares the images of a batch")
-    for name in ("lr", "weight_decay", "warmup_epochs", "rotate"):
+    for name in ("lr", "weight_decay", "warmup_epochs", "rotate", "workers", "memory_limit"):
         value = getattr(config, name)
-        if value is not None and value < 0:
+        if value is not None and not value >= 0:
             raise ByolTimmError(f"--{name} must not be negative ({value})")
     for name in ("target_decay", "flip", "jitter", "blur", "solarize", "crop_scale"):
         value = getattr(config, name)
         for number in value if isinstance(value, tuple) else (value,):
             if number is not None and not 0 <= number <= 1:
                 raise ByolTimmError(f"--{name} must lie between 0 and 1 ({number})")
+    if not -(2**63) <= config.seed < 2**63:
+        raise ByolTimmError(f"--seed must fit into 64 bits ({config.seed})")
     if not 0 < config.image_share <= 1:
         raise ByolTimmError(f"--image_share must lie above 0 and be at most 1 ({config.image_share})")
     if config.crop_scale is not None and not 0 < config.crop_scale[0] <= config.crop_scale[1]:
         raise ByolTimmError(f"--crop_scale takes the lowest and the highest area {config.crop_scale}")
+    for name in ("public", "push_training_state"):
+        if getattr(config, name) and config.push_to_hub is None:
+            raise ByolTimmError(f"--{name} is for --push_to_hub. Name a repository with that")
+    if config.pretrained and config.training_state is not None:
+        raise ByolTimmError(f"--training_state ({config.training_state}) replaces all weights. Leave out --pretrained")
     for name in ("shuffle_buffer", "num_images"):
         if getattr(config, name) is not None and not config.streaming:
             raise ByolTimmError(f"--{name} ({getattr(config, name)}) is for --streaming. Leave it out")

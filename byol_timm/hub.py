@@ -178,14 +178,12 @@ def check_encoder_folder(folder: str | Path) -> dict[str, Any]:
 
 
 def fetch_encoder(name: str) -> Path:
-    """The checked encoder folder behind `user/name`, `user/name@revision` or either with `hf-hub:` in front.
+    """The folder, yet to be checked, behind `user/name`, `user/name@revision` or either with `hf-hub:` in front.
 
     Two files are fetched, by name. Without a network the copy in the cache is used, and said so. Raises
     `ByolTimmError` when there is none, and for a repository that is missing, private, gated or no timm model.
     """
-    folder = _fetch(name, (CONFIG, WEIGHTS))
-    check_encoder_folder(folder)
-    return folder
+    return _fetch(name, (CONFIG, WEIGHTS))
 
 
 def fetch_training_state(name: str) -> Path:
@@ -308,6 +306,7 @@ def push_encoder(
                 api.create_branch(repo_id, branch=revision, exist_ok=True)
             remote = _remote_card(api, repo_id, revision)
             files[CARD] = _card_to_push(folder, files, repo_id, license, remote)
+            ask_for_licence(files[CARD])
             operations = [CommitOperationAdd(name, content) for name, content in files.items()]
             message = f"{json.loads(files[CONFIG])['architecture']} pretrained with BYOL"
             api.create_commit(repo_id, operations, commit_message=message, revision=revision)
@@ -331,7 +330,10 @@ def files_to_push(
     _check_name(repo_id)
     encoder = _encoder_folder(folder)
     check_encoder_folder(encoder)
-    files: dict[str, Any] = {CONFIG: _redacted_file(encoder / CONFIG), WEIGHTS: encoder / WEIGHTS}
+    config = _json_of(encoder / CONFIG)
+    # What timm builds the network from stays as it is, whatever the names of its arguments.
+    pushed = {**redact(config), **({"model_args": config["model_args"]} if "model_args" in config else {})}
+    files: dict[str, Any] = {CONFIG: _json(pushed).encode(), WEIGHTS: encoder / WEIGHTS}
     if (encoder / RECORD).is_file():
         files[RECORD] = _redacted_file(encoder / RECORD)
     for picture in PICTURES:
@@ -342,6 +344,15 @@ def files_to_push(
     if training_state is not None:
         files |= _training_state_files(Path(training_state))
     return files
+
+
+def ask_for_licence(card: bytes) -> None:
+    """Warn of a model card that does not say what others may do with the weights."""
+    if not card_metadata(card.decode())[0].get("license"):
+        logger.warning(
+            "the card states no licence, so that nobody knows what the weights may be used for. Push with --license, "
+            "such as mit or cc-by-4.0"
+        )
 
 
 def register(source: str, *, tag: str) -> str:

@@ -187,7 +187,10 @@ def exhaustion_told(batch_size: int, image_size: int) -> Iterator[None]:
     """A `ByolTimmError` for a full disk, and for full memory, where a smaller batch would be another training."""
     try:
         yield
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        # On a CPU the error has no type of its own.
+        if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(error):
+            raise
         reason = " ".join(str(error).split())[:120]
         raise ByolTimmError(
             f"out of memory with {batch_size} images of {image_size}x{image_size} at once ({reason}). Lower "

@@ -4,6 +4,7 @@ import contextlib
 import copy
 import dataclasses
 import hashlib
+import itertools
 import logging
 import math
 import time
@@ -71,10 +72,12 @@ from .streaming import StreamBatches
 from .summary import banner, closing, environment, paper_lines, rehearsal
 
 logger = logging.getLogger(__name__)
-# What may differ between a run and its continuation; everything else decides what the weights become.
+# What may differ between a run and its continuation; everything else decides what the weights become. Images that moved
+# are known again by their fingerprint.
 MAY_CHANGE = frozenset(
-    "batch_size output_dir save_every log_every knn_every resume overwrite max_time on_collapse report_to push_to_hub "
-    "public license push_training_state dry_run debug workers memory_limit decoded_cache on_bad_image".split()
+    "batch_size dataset output_dir save_every log_every knn_every resume overwrite max_time on_collapse report_to "
+    "push_to_hub public license push_training_state dry_run debug workers memory_limit decoded_cache "
+    "on_bad_image".split()
 )
 # What decides the shapes of projector and predictor.
 HEADS = ("hidden_dim", "projection_dim", "num_head_layers")
@@ -118,11 +121,12 @@ def pretrain(config: PretrainConfig) -> nn.Module:
         forwards = accelerator.num_processes * accelerator.gradient_accumulation_steps
         settings = resolve_training(settings, encoder, len(splits.train), forwards)
         schedule = Schedule.of(settings, len(splits.train), forwards)
-        settings = resolve_intervals(settings, schedule.steps_per_epoch, len(splits.train))
+        settings = resolve_intervals(settings, schedule.steps_per_epoch)
         fault = "was started with other settings than process 0. Give all the same command"
         check_same(accelerator, to_yaml(settings), fault)
 
         # The two views, both networks, the optimizer.
+        stack.enter_context(exhaustion_told(settings.batch_size, settings.image_size))
         mean, std = normalization(encoder, settings.in_chans)
         views = TwoViews(resolve_augmentation(settings), settings.image_size, seed=settings.seed, mean=mean, std=std)
         frozen = freeze_parts(encoder, settings.freeze)
@@ -147,13 +151,14 @@ def pretrain(config: PretrainConfig) -> nn.Module:
                 100 * tiny,
                 settings.image_size,
             )
-        if accelerator.is_main_process:
-            folder.mkdir(parents=True, exist_ok=True)
         if settings.dry_run:
+            # Beside the folder of the run, which stays free for it, or as it is.
+            pictures = folder.with_name(f"{folder.name}-dry_run")
             if accelerator.is_main_process:
-                _save_example_views(splits.bank, views, folder / "views.png")
+                pictures.mkdir(parents=True, exist_ok=True)
+                _save_example_views(splits.bank, views, pictures / "views.png")
             _rehearse(settings, schedule, splits, views, byol, optimizer, frozen, accelerator)
-            logger.info("\ndry run: nothing is kept but the views, in %s", folder / "views.png")
+            logger.info("\ndry run: nothing is kept but the views, in %s", pictures / "views.png")
             if settings.decoded_cache is not None:
                 logger.info("images were decoded as they came; the run itself reads them from --decoded_cache")
             return encoder.eval()
@@ -182,7 +187,6 @@ def pretrain(config: PretrainConfig) -> nn.Module:
         )
 
         # Devices, processes, memory layout.
-        stack.enter_context(exhaustion_told(settings.batch_size, settings.image_size))
         _lay_out(byol, settings, accelerator)
         group: Any = None
         if accelerator.num_processes > 1 and accelerator.device.type == "cuda":
@@ -222,17 +226,24 @@ def pretrain(config: PretrainConfig) -> nn.Module:
             shape = dict(mean=mean, std=std, channels_last=settings.channels_last)
             held_out = Examples.held_out(settings, splits.bank, splits.test, **shape) if splits.test else None
 
-        def save() -> None:
+        def bad_images() -> list[str]:
+            """Why images could not be read, one reason an image, of all processes and from before a resumption."""
+            reasons = [saved.get("bad_images", []), *gather_object([list(batches.bad.values())])]
+            return list(dict.fromkeys(itertools.chain.from_iterable(reasons)))
+
+        def save(bad: list[str]) -> None:
             state = {"config": dataclasses.asdict(settings), "data": data, "global_batch": schedule.global_batch}
             state |= {"samples_seen": step * schedule.global_batch, "since_log": since_log.tolist()}
-            state["seconds"] = log.seconds
+            state |= {"seconds": log.seconds, "bad_images": bad}
             if accelerator.scaler is not None:
                 state["scaler"] = accelerator.scaler.state_dict()
             tensors = {"byol": byol.state_dict(), "optimizer": optimizer_tensors(optimizer.optimizer)}
             writer.save(step, tensors | ({"probe": probe.tensors()} if probe else {}), state)
 
-        since_log = torch.tensor(saved.get("since_log", [0.0] * len(FIGURES)), dtype=torch.float64).to(
-            accelerator.device
+        # Sums of the figures since the last line of metrics, and of how many steps. Apple's GPUs have no float64.
+        precision = torch.float32 if accelerator.device.type == "mps" else torch.float64
+        since_log = torch.tensor(
+            saved.get("since_log", [0.0] * (len(FIGURES) + 1)), dtype=precision, device=accelerator.device
         )
         stream, skipped = copied_ahead(iter(batches), accelerator.device), 0
         while True:
@@ -246,8 +257,9 @@ def pretrain(config: PretrainConfig) -> nn.Module:
             micro_batches, failure = _read(stream, 0 if over else accelerator.gradient_accumulation_steps)
             stop = agree(FAILED if failure else interruption.requested, group)
             if stop is not None:
+                bad = bad_images()
                 if accelerator.is_main_process:
-                    save()
+                    save(bad)
                     writer.close()
                 raise_first(accelerator, failure)
                 raise Interrupted(stop, step)
@@ -268,11 +280,12 @@ def pretrain(config: PretrainConfig) -> nn.Module:
             if accelerator.is_main_process and probe and not skipped:
                 ordinals = torch.cat([batch.ordinals for batch in micro_batches])
                 probe.learn(figures["representation"], ordinals, batches.bad)
-            since_log += accelerator.reduce(torch.stack([figures[name].double() for name in FIGURES]), "mean")
+            sums = torch.stack([figures[name].to(precision) for name in FIGURES])
+            since_log += torch.cat([accelerator.reduce(sums, "mean"), sums.new_ones(1)])
             step += 1
 
             if step % settings.log_every == 0 or step == schedule.total_steps:
-                means = since_log / (step % settings.log_every or settings.log_every)
+                means = since_log[:-1] / since_log[-1]
                 row = {"step": step, "epoch": schedule.epoch(step), "lr": lr, "target_decay": decay}
                 row |= dict(zip(FIGURES, means.tolist(), strict=True))
                 row["effective_rank"] = accelerator.reduce(effective_rank(figures["representation"]), "mean").item()
@@ -289,11 +302,13 @@ def pretrain(config: PretrainConfig) -> nn.Module:
                 if not (folder / "views.png").exists():
                     # Not before the first step: to import matplotlib takes longer than many a step.
                     _save_example_views(splits.bank, views, folder / "views.png")
-                if step % settings.save_every == 0 or step == schedule.total_steps:
-                    save()
+            if step % settings.save_every == 0 or step == schedule.total_steps:
+                bad = bad_images()
+                if accelerator.is_main_process:
+                    save(bad)
 
         # What it came to.
-        bad = [reason for part in gather_object([batches.bad]) for reason in part.values()]
+        bad = bad_images()
         if bad:
             logger.warning(
                 "%d images could not be read and were replaced, the first: %s. All are in %s",
@@ -590,7 +605,7 @@ def _start_from(checkpoint: Checkpoint, config: Any, byol: BYOL) -> None:
     made_with, tensors = checkpoint.state["config"], checkpoint.tensors["byol"]
     name, asked = f"the training state {config.training_state}", dataclasses.asdict(config)
     heads = {key: made_with[key] for key in HEADS}
-    compare_config(heads, asked, may_change=(), checkpoint=name, otherwise="Omit --training_state")
+    compare_config(heads, asked, may_change=(), checkpoint=name, otherwise="Give another --training_state")
     shapes = {key: tensor.shape for key, tensor in byol.state_dict().items()}
     for key in sorted(shapes.keys() | tensors.keys()):
         if key not in tensors or tensors[key].shape != shapes.get(key):
@@ -718,7 +733,7 @@ class Prepare:
 def _seed(seed: int, step: int, process: int) -> None:
     """What is random in the online network (dropout, drop path) becomes a function of the step, as all else is."""
     digest = hashlib.blake2b(f"{seed} {step} {process}".encode(), digest_size=8).digest()
-    torch.manual_seed(int.from_bytes(digest) >> 1)
+    torch.manual_seed(int.from_bytes(digest, "big") >> 1)
 
 
 def _mends_itself(accelerator: Accelerator, loss: Tensor, skipped: int) -> bool:

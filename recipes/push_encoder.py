@@ -15,7 +15,7 @@ from typing import Annotated
 import tyro
 
 from byol_timm.config import parse, run
-from byol_timm.hub import files_to_push, push_encoder
+from byol_timm.hub import CARD, ask_for_licence, files_to_push, push_encoder
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,7 @@ def main() -> None:
         for name, content in files.items():
             size = content.stat().st_size if isinstance(content, Path) else len(content)
             print(f"{size:>12,}  {name}")
+        ask_for_licence(files[CARD])
         return
     url = push_encoder(config.folder, config.repo_id, public=config.public, revision=config.revision, **chosen)
     repo_id = "/".join(url.split("/")[3:5]) + (f"@{config.revision}" if config.revision else "")

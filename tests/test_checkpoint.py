@@ -446,9 +446,16 @@ def test_a_folder_in_use_is_refused_unless_resumed_or_overwritten(tmp_path):
 
 def test_overwrite_discards_runs_only(tmp_path):
     (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(ByolTimmError, match="holds no run to go on with"):
+        prepare_output_dir(tmp_path, resume=True, overwrite=False)
     with pytest.raises(ByolTimmError, match="--overwrite discards earlier runs only"):
         prepare_output_dir(tmp_path, resume=False, overwrite=True)
     assert (tmp_path / "thesis.tex").exists()
+
+
+def test_a_copy_of_a_run_without_its_hidden_files_goes_on(tmp_path):
+    save(tmp_path / "checkpoints", 1)
+    prepare_output_dir(tmp_path, resume=True, overwrite=False)
 
 
 def test_overwrite_does_not_follow_links(tmp_path):

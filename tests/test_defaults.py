@@ -78,8 +78,17 @@ def test_augmentation_fits_the_images_and_flags_change_it():
 
 @pytest.mark.parametrize("epochs, evaluations", [(1, 1), (5, 4), (100, 10), (1000, 10)])
 def test_evaluation_takes_a_small_part_of_a_run(epochs, evaluations):
-    config = resolve_intervals(PretrainConfig(epochs=epochs), steps_per_epoch=10, num_images=1000)
+    config = resolve_intervals(PretrainConfig(epochs=epochs), steps_per_epoch=10)
     assert epochs / config.knn_every <= max(1, evaluations)
+
+
+def test_a_long_run_is_heard_of_and_saved_as_often_as_a_short_one():
+    long = resolve_intervals(PretrainConfig(epochs=1000), steps_per_epoch=312)
+    assert long.log_every <= 100 and long.save_every <= 2000
+    short = resolve_intervals(PretrainConfig(epochs=10), steps_per_epoch=10)
+    assert (short.log_every, short.save_every) == (2, 10)
+    asked = resolve_intervals(PretrainConfig(epochs=1000, log_every=5000, save_every=9000), steps_per_epoch=312)
+    assert (asked.log_every, asked.save_every) == (5000, 9000)
 
 
 def test_channels_that_the_backbone_does_not_know_get_mean_values():
@@ -111,6 +120,12 @@ def test_the_folder_is_named_after_backbone_and_data(backbone, dataset, folder):
         dict(crop_scale=(0.9, 0.1)),
         dict(num_head_layers=5),
         dict(max_time=0.0),
+        dict(lr=float("nan")),
+        dict(workers=-1),
+        dict(memory_limit=-1.0),
+        dict(seed=2**64),
+        dict(public=True),
+        dict(push_training_state=True),
     ],
 )
 def test_impossible_values_are_named(changes):

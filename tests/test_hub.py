@@ -433,7 +433,13 @@ def check(client, repo_id, token=TOKEN, **kwargs):
 
 
 def fetch(client, name):
-    return client.run("from byol_timm.hub import fetch_encoder; result = str(fetch_encoder(name))", name=name)
+    code = """
+    from byol_timm.hub import check_encoder_folder, fetch_encoder
+    folder = fetch_encoder(name)
+    check_encoder_folder(folder)
+    result = str(folder)
+    """
+    return client.run(code, name=name)
 
 
 def assert_one_line(failed, *texts, exit_code=2):
@@ -634,6 +640,20 @@ def test_metadata_that_the_hub_refuses_are_told_in_one_line(hub, client, tmp_pat
     assert_one_line(failed, '"license" must be one of', "to push it: python recipes/push_encoder.py")
 
 
+def test_arguments_of_the_network_arrive_whatever_their_names(hub, client, tmp_path):
+    # `reg_tokens` and `class_token` look like secrets.
+    encoder = timm.create_model("test_vit", num_classes=0, img_size=64, reg_tokens=2, class_token=True).eval()
+    folder = save(encoder, tmp_path / "encoder", record={"backbone_kwargs": {"reg_tokens": 2}})
+    push(client, folder, "tester/registers")
+    pushed = hub.files("tester/registers")
+    assert (
+        json.loads(pushed["config.json"])["model_args"]
+        == json.loads((folder / "config.json").read_text())["model_args"]
+    )
+    assert json.loads(pushed["byol.json"])["backbone_kwargs"] == {"reg_tokens": 2}
+    assert "| 2 |" in pushed["README.md"].decode()
+
+
 def test_the_training_state_lies_beside_the_encoder_and_plain_timm_does_not_mind(hub, client, stranger, tmp_path):
     folder = save(build(), tmp_path / "encoder")
     state = tmp_path / "step-1"
@@ -823,9 +843,13 @@ def test_the_recipe_prints_what_it_would_push_then_pushes(hub, client, tmp_path)
 
     status, out, err = recipe("tester/recipe", "--dry_run")
     assert status == 0 and "model.safetensors" in out and "private" in out, err
-    assert "tester/recipe" not in hub.repositories
+    assert "tester/recipe" not in hub.repositories and "--license" in out
     status, out, err = recipe("tester/recipe", "--public")
+    assert "states no licence" in out
     assert status == 0 and f"pushed to {hub.url}/tester/recipe" in out and "hf-hub:tester/recipe" in out, err
+    assert "states no licence" not in recipe("tester/recipe", "--public", "--license", "mit")[1]
+    # What the Hub has stays.
+    assert "states no licence" not in recipe("tester/recipe", "--public")[1]
     status, _, err = recipe("tester/re cipe")
     assert status == 2 and err.startswith("byol_timm: error: 'tester/re cipe' is no name") and err.count("\n") == 1
     hub.faults[:] = [["POST", "/api/repos/create", 503, 99]]

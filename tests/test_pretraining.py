@@ -178,6 +178,29 @@ def test_a_run_that_goes_on_from_a_checkpoint_ends_with_the_same_bits_and_figure
     assert [row["step"] for row in first if "linear" in row] == [5]
 
 
+def test_figures_are_means_over_the_steps_since_the_last_line_whatever_the_interval_was(run, tmp_path):
+    folder, _ = run
+    again = tmp_path / "run"
+    pretrain(quick(again, log_every=5, save_every=3))
+    shutil.rmtree(again / "checkpoints" / "step-5")
+    (again / "metrics.jsonl").unlink()
+    pretrain(quick(again, log_every=1, resume=True))
+    losses = {row["step"]: row["loss"] for row in read_metrics(folder / "metrics.jsonl") if "loss" in row}
+    resumed = {row["step"]: row["loss"] for row in read_metrics(again / "metrics.jsonl") if "loss" in row}
+    assert resumed[4] == pytest.approx(sum(losses[step] for step in (1, 2, 3, 4)) / 4)
+    assert resumed[5] == losses[5]
+
+
+def test_images_that_moved_are_known_again_and_others_are_not(tmp_path):
+    images = digits_folder(tmp_path / "images", 64, labelled=True)
+    pretrain(quick(tmp_path / "run", dataset=str(images), batch_size=16))
+    images.rename(tmp_path / "elsewhere")
+    pretrain(quick(tmp_path / "run", dataset=str(tmp_path / "elsewhere"), batch_size=16, resume=True))
+    others = digits_folder(tmp_path / "others", 60, labelled=True)
+    with pytest.raises(ByolTimmError, match="was made of other images"):
+        pretrain(quick(tmp_path / "run", dataset=str(others), batch_size=16, resume=True))
+
+
 def test_the_map_of_a_finished_run_is_drawn_again_by_another_method_and_back(run):
     folder, _ = run
     pictures = [folder / name for name in ("embedding.png", "neighbours.png")]
@@ -240,6 +263,10 @@ def test_bad_images_are_replaced_and_named_at_the_end(tmp_path, caplog):
     assert "2 images could not be read" in caplog.text and "bad_images.txt" in caplog.text
     named = (tmp_path / "run" / "bad_images.txt").read_text().splitlines()
     assert sorted(line.partition(": ")[0] for line in named) == ["3/3.png", "5/5.png"]
+    # They stay counted when the run goes on, here from its end.
+    pretrain(quick(tmp_path / "run", dataset=str(folder), batch_size=16, workers=0, memory_limit=0, resume=True))
+    assert json.loads((tmp_path / "run" / "results.json").read_text())["bad_images"] == 2
+    assert (tmp_path / "run" / "bad_images.txt").read_text().splitlines() == named
     with pytest.raises(ByolTimmError, match=r"3/3\.png|5/5\.png"):
         pretrain(quick(tmp_path / "other", dataset=str(folder), batch_size=16, on_bad_image="error"))
 
@@ -300,9 +327,9 @@ def test_images_go_through_workers_and_a_decoded_cache_to_the_same_weights_as_in
     assert pixels.stat().st_size == 40 * 3 * 8 * 8
 
 
-def test_dry_run_trains_nothing_and_shows_the_views(tmp_path):
+def test_dry_run_trains_nothing_shows_the_views_and_leaves_the_folder_to_the_run(tmp_path):
     encoder = pretrain(quick(tmp_path / "run", dry_run=True))
-    assert [file.name for file in (tmp_path / "run").iterdir()] == ["views.png"]
+    assert [str(file.relative_to(tmp_path)) for file in tmp_path.rglob("*.*")] == ["run-dry_run/views.png"]
     torch.manual_seed(0)
     initial = timm.create_model("test_resnet", num_classes=0).state_dict()
     assert all(torch.equal(value, initial[name]) for name, value in encoder.state_dict().items())
@@ -444,7 +471,10 @@ def test_a_training_state_that_does_not_fit_is_refused_in_one_line(run, tmp_path
     folder, _ = run
     state = str(sorted((folder / "checkpoints").glob("step-*"))[-1])
     for changes, message in [
-        (dict(projection_dim=64), r"made with projection_dim 32, you asked for 64\. Omit .* or --projection_dim 32"),
+        (
+            dict(projection_dim=64),
+            r"made with projection_dim 32, you asked for 64\. Give another .* or --projection_dim 32",
+        ),
         (dict(backbone="test_efficientnet"), "is of test_resnet and does not fit test_efficientnet"),
         (dict(training_state=str(folder)), r"is no good checkpoint \(manifest\.json is missing\)"),
     ]:
@@ -472,6 +502,7 @@ def test_a_training_state_that_does_not_fit_is_refused_in_one_line(run, tmp_path
         (dict(decoded_side=64), r"--decoded_side \(64\) is for --decoded_cache"),
         (dict(image_share=0.5, streaming=True), r"--image_share \(0\.5\) needs all images. Leave out --streaming"),
         (dict(image_share=0.0), r"--image_share must lie above 0 and be at most 1 \(0\.0\)"),
+        (dict(pretrained=True, training_state="x"), r"--training_state \(x\) replaces all weights"),
         (dict(epochs=-1), r"--epochs must be positive \(-1\)"),
         (dict(target_decay=1.2), r"--target_decay must lie between 0 and 1 \(1\.2\)"),
         (dict(backbone="resnet_18"), "resnet18"),
@@ -541,6 +572,13 @@ def test_too_little_memory_is_told_in_one_line_with_advice(tmp_path, monkeypatch
     with pytest.raises(ByolTimmError, match=message) as caught:
         pretrain(quick(tmp_path / "run", dataset=str(digits_folder(tmp_path / "images", 256, labelled=False))))
     assert "\n" not in str(caught.value) and "ACCELERATE_GRADIENT_ACCUMULATION_STEPS" in str(caught.value)
+    with pytest.raises(ByolTimmError, match=message):
+        pretrain(quick(tmp_path / "other", dataset=str(tmp_path / "images"), dry_run=True))
+
+
+def test_too_little_memory_of_a_cpu_is_told_too(tmp_path):
+    with pytest.raises(ByolTimmError, match=r"out of memory .*you tried to allocate"):
+        pretrain(quick(tmp_path / "run", hidden_dim=10**12))
 
 
 def test_float16_goes_on_while_a_smaller_scale_of_the_loss_can_help():
