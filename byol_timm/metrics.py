@@ -1,12 +1,13 @@
 """What a run says while it trains: figures of health without labels, metrics.jsonl, progress, the collapse alarm."""
 
+import contextlib
 import json
 import logging
 import math
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -94,7 +95,9 @@ class MetricsLog:
         self._images_per_step = images_per_step
         self._stream = sys.stdout if stream is None else stream
         self._seconds_before = seconds
-        self._start = self._last_time = time.monotonic()
+        self._start = time.monotonic()
+        self._aside = 0.0
+        self._first_time = self._last_time = self._trained()
         self._start_step = self._last_step = resume_step
         self._bar = None
         if self._stream.isatty():
@@ -110,19 +113,25 @@ class MetricsLog:
         if self._bar is not None:
             self._bar.update(step - self._bar.n)
 
-    def log(self, row: Mapping[str, float]) -> dict[str, float]:
-        """Write a row (`step` and any figures) with `images_per_second` since the last one and `seconds` of the run.
+    @contextlib.contextmanager
+    def aside(self) -> Iterator[None]:
+        """Keep what is done meanwhile, evaluations and pictures, out of images/s and of the time that is left."""
+        start = time.monotonic()
+        yield
+        self._aside += time.monotonic() - start
 
-        Returns the row as written. Numbers that are not finite are written as null.
+    def log(self, row: Mapping[str, float]) -> dict[str, float]:
+        """Write a row (`step` and any figures) with `seconds` of the run; rows of training with `images_per_second`.
+
+        That is since the last such row. Returns the row as written. Numbers that are not finite are written as null.
         """
-        now, step = time.monotonic(), int(row["step"])
+        now, step = self._trained(), int(row["step"])
         full = dict(row)
-        if step > self._last_step:
-            full["images_per_second"] = (
-                (step - self._last_step) * self._images_per_step / max(now - self._last_time, 1e-9)
-            )
+        if step > self._last_step and "loss" in row:
+            images = (step - self._last_step) * self._images_per_step
+            full["images_per_second"] = images / max(now - self._last_time, 1e-9)
+            self._last_time, self._last_step = now, step
         full["seconds"] = self.seconds
-        self._last_time, self._last_step = now, step
         self._write(_line(full).encode())
         if self._tracker is not None:
             self._tracker({name: value for name, value in full.items() if name != "step"}, step)
@@ -148,6 +157,10 @@ class MetricsLog:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def _trained(self) -> float:
+        """A clock that stands still aside."""
+        return time.monotonic() - self._aside
+
     def _write(self, line: bytes) -> None:
         try:
             written = self._file.write(line)
@@ -164,7 +177,7 @@ class MetricsLog:
             return
         line = f"step {step}/{self._total_steps}  " + "  ".join(f"{label} {value}" for label, value in figures)
         if step > self._start_step:
-            left = (self._total_steps - step) * (now - self._start) / (step - self._start_step)
+            left = (self._total_steps - step) * (now - self._first_time) / (step - self._start_step)
             line += f"  ETA {_clock(left)}"
         self.message(line)
 
@@ -237,7 +250,8 @@ class CollapseAlarm:
         """A one-line warning when rows have looked collapsed for long enough; once per collapse.
 
         That is three rows on end for the spreads, ten for the rank. row: `step`, `feature_std`, `projection_std`, which
-        is `feature_std` of the online projections, and `effective_rank` of the representations.
+        is `feature_std` of the online projections, `effective_rank` of the representations, and `agreement`, which is
+        only told: it is as high in a healthy run as in a collapsed one.
         """
         # Written so that nan counts as collapsed.
         wide = row["projection_std"] >= self.MIN_PROJECTION_STD and row["feature_std"] >= self.MIN_FEATURE_STD
@@ -250,8 +264,8 @@ class CollapseAlarm:
         return (
             f"the network has collapsed by step {int(row['step'])}: projection std {row['projection_std']:.3f} "
             f"(healthy: above {self.MIN_PROJECTION_STD}), feature std {row['feature_std']:.4f} "
-            f"(above {self.MIN_FEATURE_STD}), effective rank {row['effective_rank']:.1f} "
-            f"(above {self._min_rank:g}). Likely cause: {self._likely}"
+            f"(above {self.MIN_FEATURE_STD}), effective rank {row['effective_rank']:.1f} (above {self._min_rank:g}), "
+            f"agreement of online and target {row['agreement']:.2f}. Likely cause: {self._likely}"
         )
 
     @property

@@ -14,9 +14,17 @@ from .augment import EvaluationTransform
 from .checkpoint import optimizer_tensors, restore_optimizer
 from .data import load_pixels, subset_indices
 from .defaults import crop_pct
-from .evaluation import OnlineProbe, extract_features, knn, nearest_neighbours, raw_pixels
+from .evaluation import (
+    OnlineProbe,
+    classification_metrics,
+    extract_features,
+    knn,
+    knn_scores,
+    nearest_neighbours,
+    raw_pixels,
+)
 from .interruption import Interruption
-from .report import save_embedding, save_neighbours
+from .report import save_confusion, save_embedding, save_neighbours
 from .sources import Images
 
 Array = NDArray[np.int64]
@@ -46,7 +54,7 @@ class LinearProbe:
         indices = ordinals % len(self.labels)
         labels = self.labels[indices].masked_fill(torch.isin(indices, torch.tensor(list(bad), dtype=torch.int64)), -1)
         self.optimizer.zero_grad()
-        self.classifier(representation, labels.to(self.device))["loss"].backward()
+        self.classifier(representation, labels.to(self.device, non_blocking=True))["loss"].backward()
         self.optimizer.step()
 
     @torch.no_grad()
@@ -135,9 +143,16 @@ class Examples:
         return knn(bank, self.bank_labels, queries, self.query_labels, k=NEIGHBOURS)
 
     def save_pictures(self, encoder: nn.Module, folder: Path, *, method: Literal["pca", "tsne"] = "pca") -> None:
-        """`embedding.png`, the queries on a map, and `neighbours.png`, what the bank has nearest to eight of them."""
+        """`embedding.png`, the queries on a map; `neighbours.png`, what the bank has nearest to eight of them.
+
+        Where both have labels, also `confusion.png`: what the nearest neighbours mistake for what.
+        """
         features, found = (extract_features(encoder, images, **self.settings) for images in (self.bank, self.queries))
         save_embedding(found, self.query_labels, self.class_names, folder / "embedding.png", method=method)
+        if self.class_names and (self.bank_labels >= 0).any() and (self.query_labels >= 0).any():
+            scores = knn_scores(features, self.bank_labels, found, k=NEIGHBOURS, num_classes=len(self.class_names))
+            confusion = classification_metrics(scores, self.query_labels)["confusion"]
+            save_confusion(confusion, self.class_names, folder / "confusion.png")
         # All over the queries, which may be in the order of their classes.
         chosen = torch.linspace(0, len(found) - 1, min(8, len(found))).long()
         _, places = nearest_neighbours(features, found[chosen], k=8)

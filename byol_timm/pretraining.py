@@ -248,7 +248,8 @@ def pretrain(config: PretrainConfig) -> nn.Module:
         stream, skipped = copied_ahead(iter(batches), accelerator.device), 0
         while True:
             if held_out is not None and schedule.evaluates(step, settings.knn_every) and step not in evaluated:
-                accuracies = held_out.evaluate(encoder, probe if step else None, interruption)
+                with log.aside():
+                    accuracies = held_out.evaluate(encoder, probe if step else None, interruption)
                 if accuracies is not None:
                     log.log({"step": step, "epoch": schedule.epoch(step), **accuracies})
 
@@ -301,7 +302,8 @@ def pretrain(config: PretrainConfig) -> nn.Module:
                 log.advance(step)
                 if not (folder / "views.png").exists():
                     # Not before the first step: to import matplotlib takes longer than many a step.
-                    _save_example_views(splits.bank, views, folder / "views.png")
+                    with log.aside():
+                        _save_example_views(splits.bank, views, folder / "views.png")
             if step % settings.save_every == 0 or step == schedule.total_steps:
                 bad = bad_images()
                 if accelerator.is_main_process:
@@ -377,7 +379,7 @@ def initial_encoder(config: Any) -> nn.Module:
 
 
 def redraw(folder: str | Path, *, method: Literal["pca", "tsne"] = "tsne") -> None:
-    """`embedding.png` and `neighbours.png` of a finished run again, the map by that method.
+    """`embedding.png`, `neighbours.png` and `confusion.png` of a finished run again, the map by that method.
 
     Raises `ByolTimmError` for a folder without config.yaml or encoder, and images that are no longer there.
     """

@@ -173,6 +173,24 @@ def test_durations_do_not_follow_the_wall_clock(tmp_path, monkeypatch):
     assert row["images_per_second"] > 0 and row["seconds"] >= 0
 
 
+def test_the_rate_is_that_of_training_alone(tmp_path, monkeypatch):
+    clock = iter(range(1000))
+    monkeypatch.setattr("time.monotonic", lambda: float(next(clock)))
+    stream = io.StringIO()
+    with MetricsLog(tmp_path, total_steps=100, images_per_step=64, stream=stream) as log:
+        with log.aside():
+            [next(clock) for _ in range(500)]
+        assert "images_per_second" not in log.log(dict(step=0, knn=0.5))
+        rate = log.log(dict(ROW, step=10))["images_per_second"]
+        with log.aside():
+            [next(clock) for _ in range(300)]
+        assert "images_per_second" not in log.log(dict(step=15, knn=0.5))
+        assert log.log(dict(ROW, step=20))["images_per_second"] > rate / 2
+        assert log.seconds > 800
+    assert rate > 64 * 10 / 20
+    assert "ETA 13:" not in stream.getvalue()
+
+
 def test_the_tracker_gets_every_figure_with_its_step(tmp_path):
     seen = []
     with MetricsLog(
@@ -193,7 +211,7 @@ def alarm(**settings):
     return CollapseAlarm(**{**usual, **settings})
 
 
-GOOD = dict(step=1, feature_std=0.6, projection_std=0.7, effective_rank=20.0)
+GOOD = dict(step=1, feature_std=0.6, projection_std=0.7, effective_rank=20.0, agreement=0.9)
 BAD = dict(GOOD, step=2, projection_std=0.03)
 DEAD = dict(GOOD, step=2, feature_std=0.0001)
 NAN = dict(GOOD, step=2, feature_std=math.nan)
@@ -275,7 +293,7 @@ def test_the_alarm_hears_a_missing_predictor_and_nothing_else(backbone, opt, lr,
         optimizer.step()
         byol.update_target(0.95)
         if step % 4 == 3:
-            figures = {name: out[name].item() for name in ("feature_std", "projection_std")}
+            figures = {name: out[name].item() for name in ("agreement", "feature_std", "projection_std")}
             rank = effective_rank(out["representation"]).item()
             warnings.append(watch.check({"step": step, "effective_rank": rank, **figures}))
     assert any(warnings) != predictor

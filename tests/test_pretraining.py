@@ -71,7 +71,7 @@ def digits_folder(folder, count, labelled):
 def test_a_run_leaves_everything_it_promises(run):
     folder, _ = run
     promised = "config.yaml environment.json metrics.jsonl checkpoints encoder results.json report.html"
-    promised += " curves.png views.png embedding.png neighbours.png"
+    promised += " curves.png views.png embedding.png neighbours.png confusion.png"
     assert {name for name in promised.split() if not (folder / name).exists()} == set()
     assert {file.suffix for file in folder.rglob("*") if file.is_file()} <= {
         "", ".yaml", ".json", ".jsonl", ".png", ".md", ".safetensors", ".html"
@@ -250,7 +250,8 @@ def test_images_without_labels_train_and_say_so(tmp_path, caplog):
     ):
         assert re.search(line, caplog.text), line
     assert "results" not in json.loads((tmp_path / "run" / "results.json").read_text())
-    assert {"embedding.png", "neighbours.png", "report.html"} <= {file.name for file in (tmp_path / "run").iterdir()}
+    left = {file.name for file in (tmp_path / "run").iterdir()}
+    assert {"embedding.png", "neighbours.png", "report.html"} <= left and "confusion.png" not in left
     encoder = timm.create_model(f"local-dir:{tmp_path}/run/encoder", pretrained=True)
     assert encoder(torch.rand(2, 1, 32, 32)).shape == (2, 96)
 
