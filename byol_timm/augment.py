@@ -579,14 +579,16 @@ def blur(planes: Tensor, sigma: Tensor, taps: int, padding: Padding) -> Tensor:
     tile = _tile(planes)
     buffers = torch.empty(2, tile, height, channels, width, device=planes.device)
     for part in _tiles(0, len(sigma), tile):
+        # Beyond six sigma a float32 sum does not change.
+        near = min(radius, math.ceil(6 * sigma[part].max())) if planes.device.type == "cpu" else radius
         pixels, halfway = buffers[:, : part.stop - part.start]
         pixels.copy_(planes[:, part].permute(1, 2, 0, 3))
         # Band matrices in blocks of rows: each block only meets the pixels that its rows reach.
         source, target, matrices = pixels.flatten(2), halfway.flatten(2), down[part]
-        for rows, reach in _blocks(height, radius):
+        for rows, reach in _blocks(height, near):
             torch.bmm(matrices[:, rows, reach], source[:, reach], out=target[:, rows])
         source, target, matrices = halfway.flatten(1, 2), pixels.flatten(1, 2), across[part].mT
-        for columns, reach in _blocks(width, radius):
+        for columns, reach in _blocks(width, near):
             torch.bmm(source[:, :, reach], matrices[:, reach, columns], out=target[:, :, columns])
         planes[:, part] = pixels.permute(2, 0, 1, 3)
     return planes
