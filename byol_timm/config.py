@@ -8,6 +8,7 @@ import logging
 import os
 import signal
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -236,6 +237,26 @@ def to_yaml(config: Any) -> str:
         key: list(value) if isinstance(value, tuple) else value for key, value in dataclasses.asdict(config).items()
     }
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+
+
+def output_folder(path: str | Path) -> Path:
+    """The folder that --output names, made and written to before the work whose results it takes."""
+    folder = Path(path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise ByolTimmError(f"cannot write to {folder} ({error.strerror}). Choose another --output") from error
+    return folder
+
+
+def output_file(path: str) -> Path:
+    """The file that --output names, in an `output_folder`."""
+    file = Path(path)
+    if file.is_dir():
+        raise ByolTimmError(f"--output takes a file and {file} is a folder. Name a file in it")
+    output_folder(file.parent)
+    return file
 
 
 def run(main: Callable[[], Any]) -> None:

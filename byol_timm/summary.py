@@ -18,6 +18,7 @@ from torch import nn
 
 from .augment import omitted_operations
 from .byol import BYOL
+from .config import output_folder
 from .defaults import has_batch_norm, resolve_augmentation
 from .encoder import encoder_width
 from .errors import ByolTimmError
@@ -213,16 +214,26 @@ def accuracy_lines(metrics: Mapping[str, Any], class_names: Sequence[str]) -> li
     return [*lines, f"  mean per class {metrics['mean_per_class']:.1%}; lowest: {worst}"]
 
 
+def evaluation_folder(path: str | Path) -> Path:
+    """An `output_folder` for `save_evaluation`; a pretraining run is refused, whose results.json would be lost."""
+    folder = Path(path)
+    for name in ("config.yaml", "metrics.jsonl", "checkpoints"):
+        if (folder / name).exists():
+            raise ByolTimmError(
+                f"--output {folder} is a pretraining run ({name}) with results of its own. "
+                f"Choose another folder, such as {folder}-evaluation"
+            )
+    return output_folder(folder)
+
+
 def save_evaluation(
-    folder: str | Path, record: Mapping[str, Any], class_names: Sequence[str], *, rows: Sequence[int] | None = None
+    folder: Path, record: Mapping[str, Any], class_names: Sequence[str], *, rows: Sequence[int] | None = None
 ) -> None:
     """`results.json` with the record, `confusion.png` of its `confusion`, and `labelled.json` with the rows if given.
 
     rows: of the images in their split whose labels a classifier learned from. Raises `ByolTimmError`.
     """
-    folder = Path(folder)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "results.json", record)
         if rows is not None:
             (folder / "labelled.json").write_text(json.dumps([int(row) for row in rows]) + "\n", encoding="utf-8")

@@ -22,7 +22,7 @@ import timm
 import torch
 from tqdm import tqdm
 
-from byol_timm.config import parse, run
+from byol_timm.config import output_file, parse, run
 from byol_timm.encoder import (
     Fit,
     closest_backbones,
@@ -65,13 +65,14 @@ def main() -> None:
     form = Path(config.output).suffix if config.output else ".md"
     if form not in (".md", ".csv"):
         raise ByolTimmError(f"the table is written as .md or .csv ({config.output}). Choose one of them for --output")
+    output = output_file(config.output) if config.output else None
     names = sorted({name for pattern in config.filter for name in matching(pattern)})
     with ProcessPoolExecutor(config.processes, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         rows = pool.map(partial(table_row, config=config), names, chunksize=4)
         rows = list(tqdm(rows, total=len(names), unit="backbone", mininterval=1.0))
     text = as_csv(rows, config) if form == ".csv" else as_markdown(rows, config)
-    if config.output:
-        Path(config.output).write_text(text, encoding="utf-8")
+    if output:
+        output.write_text(text, encoding="utf-8")
     else:
         print(text, end="")
 

@@ -30,8 +30,9 @@ def main() -> None:
     config = parse(KnnConfig)
 
     from byol_timm.evaluation import RawPixels, classification_metrics, dataset_features, knn_scores, open_evaluation
-    from byol_timm.summary import accuracy_lines, save_evaluation
+    from byol_timm.summary import accuracy_lines, evaluation_folder, save_evaluation
 
+    folder = evaluation_folder(config.output) if config.output else None
     encoder, splits, preparation = open_evaluation(config)
     settings = dict(k=config.k, temperature=config.temperature, center=config.center)
     class_names = splits.train.class_names
@@ -50,9 +51,9 @@ def main() -> None:
         # Pixels as they are: without centring, an offset would change the cosines.
         metrics["raw_pixels_top1"] = evaluate(RawPixels(), replace(preparation, mean=(0.0,), std=(1.0,)))["top1"]
         print(f"  raw pixels {metrics['raw_pixels_top1']:.1%}")
-    if config.output:
+    if folder:
         chosen = {"encoder": config.encoder, "dataset": config.dataset, **settings}
-        save_evaluation(config.output, {**chosen, **metrics}, class_names)
+        save_evaluation(folder, {**chosen, **metrics}, class_names)
 
 
 if __name__ == "__main__":

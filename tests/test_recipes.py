@@ -73,6 +73,42 @@ def test_evaluations_leave_figures_a_confusion_matrix_and_the_labelled_rows(tmp_
     assert len(json.loads((tmp_path / "linear_probe" / "labelled.json").read_text())) == 1438
 
 
+def typed(recipe, arguments, monkeypatch):
+    """Call the recipe's `main` in this process as if that were its command line."""
+    monkeypatch.setattr(sys, "argv", [recipe, *arguments])
+    return runpy.run_path(str(ROOT / "recipes" / recipe))["main"]()
+
+
+@pytest.mark.parametrize("recipe", ["knn.py", "linear_probe.py", "finetune.py"])
+@pytest.mark.parametrize("file", ["config.yaml", "metrics.jsonl", "checkpoints/step-1/manifest.json"])
+def test_an_evaluation_leaves_the_results_of_a_pretraining_run_alone(recipe, file, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    (run / file).parent.mkdir(parents=True)
+    for name in (file, "results.json"):
+        (run / name).write_text("{}")
+    with pytest.raises(ByolTimmError, match=r"run is a pretraining run .* such as .*/run-evaluation"):
+        typed(recipe, ["--encoder", "no_such_encoder", "--output", str(run)], monkeypatch)
+    assert (run / "results.json").read_text() == "{}"
+
+
+@pytest.mark.parametrize(
+    "recipe", ["knn.py", "linear_probe.py", "finetune.py", "scale.py", "benchmark.py", "backbones.py"]
+)
+def test_an_output_that_cannot_be_written_is_told_before_the_work(recipe, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    work = {"scale.py": ["--backbone"], "benchmark.py": ["--backbone"], "backbones.py": ["--filter"]}
+    work = [*work.get(recipe, ["--encoder"]), "no_such_backbone"]
+    with pytest.raises(ByolTimmError, match=r"cannot write to .*file.* Choose another --output"):
+        typed(recipe, [*work, "--output", str(tmp_path / "file" / "table.csv")], monkeypatch)
+
+
+def test_the_folders_of_an_output_file_are_made(tmp_path, monkeypatch):
+    typed("scale.py", ["--backbone", "test_resnet", "--output", str(tmp_path / "new" / "page.md")], monkeypatch)
+    assert "test_resnet" in (tmp_path / "new" / "page.md").read_text()
+    with pytest.raises(ByolTimmError, match="new is a folder"):
+        typed("scale.py", ["--output", str(tmp_path / "new")], monkeypatch)
+
+
 def test_features_of_unlabelled_images_are_extracted_and_kept(tmp_path):
     (tmp_path / "images").mkdir()
     for index in range(5):
