@@ -260,7 +260,7 @@ def output_file(path: str) -> Path:
 
 
 def run(main: Callable[[], Any]) -> None:
-    """Call a recipe's `main` with its log on stdout; a `ByolTimmError` becomes one line on stderr and the exit code."""
+    """Call a recipe's `main`, its log on stdout; of `ByolTimmError` or Ctrl-C, one line on stderr and the exit code."""
     package = logging.getLogger(__package__)
     package.addHandler(_Console())
     package.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.CRITICAL)
@@ -270,9 +270,19 @@ def run(main: Callable[[], Any]) -> None:
         if "--debug" in sys.argv:
             traceback.print_exc()
         if os.environ.get("RANK", "0") == "0" or (not error.agreed and _is_alone()):
-            text = " ".join(f"byol_timm: error: {error}".split())
-            print(text.encode(errors="backslashreplace").decode(), file=sys.stderr)
+            _tell(str(error))
         raise SystemExit(error.exit_code) from None
+    except KeyboardInterrupt:
+        if "--debug" in sys.argv:
+            traceback.print_exc()
+        if os.environ.get("RANK", "0") == "0":
+            _tell("interrupted")
+        raise SystemExit(128 + signal.SIGINT) from None
+
+
+def _tell(message: str) -> None:
+    text = " ".join(f"byol_timm: error: {message}".split())
+    print(text.encode(errors="backslashreplace").decode(), file=sys.stderr)
 
 
 def _is_alone() -> bool:

@@ -5,10 +5,13 @@ import json
 import os
 import re
 import runpy
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 from PIL import Image
 
@@ -100,6 +103,33 @@ def test_an_output_that_cannot_be_written_is_told_before_the_work(recipe, tmp_pa
     work = [*work.get(recipe, ["--encoder"]), "no_such_backbone"]
     with pytest.raises(ByolTimmError, match=r"cannot write to .*file.* Choose another --output"):
         typed(recipe, [*work, "--output", str(tmp_path / "file" / "table.csv")], monkeypatch)
+
+
+@pytest.mark.parametrize(
+    "command",
+    ["extract_features.py --encoder test_resnet --image_size 64 --part_images 1", "backbones.py --filter res*"],
+)
+def test_ctrl_c_is_one_line_and_exit_code_130(command, tmp_path):
+    recipe, *arguments = command.split()
+    process = subprocess.Popen(
+        [sys.executable, ROOT / "recipes" / recipe, *arguments],
+        cwd=tmp_path,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+    )
+    with process:
+        # At work: a file is written, a process of the pool has started.
+        while not [*tmp_path.glob("features/part-*")] and not psutil.Process(process.pid).children():
+            time.sleep(0.1)
+        time.sleep(0.5)
+        # As a terminal does, to the process and those that it has started.
+        os.killpg(process.pid, signal.SIGINT)
+        _, told = process.communicate(timeout=60)
+    # Behind the progress bar.
+    assert re.split(r"[\r\n]", told.decode().strip())[-1] == "byol_timm: error: interrupted"
+    assert "Traceback" not in told.decode() and process.returncode == 130
 
 
 def test_the_folders_of_an_output_file_are_made(tmp_path, monkeypatch):
