@@ -122,7 +122,7 @@ def check(config: PretrainConfig) -> None:
             raise ByolTimmError(f"--{name} must be positive ({value})")
     if config.batch_size == 1:
         raise ByolTimmError("--batch_size must be 2 or more (1): BatchNorm compares the images of a batch")
-    for name in ("lr", "weight_decay", "warmup_epochs", "rotate"):
+    for name in ("lr", "weight_decay", "warmup_epochs", "rotate", "workers"):
         value = getattr(config, name)
         if value is not None and value < 0:
             raise ByolTimmError(f"--{name} must not be negative ({value})")

@@ -116,6 +116,8 @@ def open_evaluation(config: EvaluationConfig, *, labelled: bool = True) -> tuple
     labelled: raise `ByolTimmError` for images of which none are held out with a label; else all images of the split are
         in `train`, with or without labels.
     """
+    if config.workers is not None and config.workers < 0:
+        raise ByolTimmError(f"--workers must not be negative ({config.workers})")
     # What a bare timm name gets without --pretrained.
     torch.manual_seed(config.seed)
     encoder = load_encoder(

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from byol_timm.config import EvaluationConfig, parse, run
+from byol_timm.errors import ByolTimmError
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,9 @@ class KnnConfig(EvaluationConfig):
 
 def main() -> None:
     config = parse(KnnConfig)
+    for name in ("k", "temperature"):
+        if not getattr(config, name) > 0:
+            raise ByolTimmError(f"--{name} must be positive ({getattr(config, name)})")
 
     from byol_timm.evaluation import RawPixels, classification_metrics, dataset_features, knn_scores, open_evaluation
     from byol_timm.summary import accuracy_lines, evaluation_folder, save_evaluation

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import psutil
 import pytest
+import timm
+import torch
 from PIL import Image
 
 from byol_timm import PretrainConfig
@@ -103,6 +105,31 @@ def test_an_output_that_cannot_be_written_is_told_before_the_work(recipe, tmp_pa
     work = [*work.get(recipe, ["--encoder"]), "no_such_backbone"]
     with pytest.raises(ByolTimmError, match=r"cannot write to .*file.* Choose another --output"):
         typed(recipe, [*work, "--output", str(tmp_path / "file" / "table.csv")], monkeypatch)
+
+
+@pytest.mark.parametrize(
+    ("command", "line"),
+    [
+        ("knn.py --k 0", "--k must be positive (0)"),
+        ("knn.py --k -3", "--k must be positive (-3)"),
+        ("knn.py --temperature 0", "--temperature must be positive (0.0)"),
+        ("linear_probe.py --workers -1", "--workers must not be negative (-1)"),
+        ("scale.py --backbone resnt50", "timm has no backbone 'resnt50'. Nearest names: resnet50"),
+        ("convert.py FILE out --backbone resnet18.foo", "resnet18 has no pretrained tag 'foo'. It has: "),
+        ("pretrain.py --opt adamx --backbone test_resnet", "unknown optimizer 'adamx'. Did you mean adamax?"),
+        ("pretrain.py --opt AdamW --backbone test_resnet", "unknown optimizer 'AdamW'. Did you mean adamw?"),
+        ("pretrain.py --opt lbfgs --backbone test_resnet", "unknown optimizer 'lbfgs'. Did you mean lars?"),
+        ("pretrain.py --opt adahessian --backbone test_resnet", "adahessian needs second derivatives"),
+        ("pretrain.py --opt fusedsgd --backbone test_resnet", "optimizer fusedsgd cannot be used ("),
+        ("pretrain.py --workers -1", "--workers must not be negative (-1)"),
+    ],
+)
+def test_a_value_that_cannot_be_is_one_line(command, line, tmp_path, monkeypatch):
+    torch.save(timm.create_model("resnet18").state_dict(), tmp_path / "FILE")
+    monkeypatch.chdir(tmp_path)
+    recipe, *arguments = command.split()
+    with pytest.raises(ByolTimmError, match=re.escape(line)):
+        typed(recipe, arguments, monkeypatch)
 
 
 @pytest.mark.parametrize(
