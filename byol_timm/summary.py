@@ -1,4 +1,4 @@
-"""What a run says at its beginning, in a rehearsal and at its end, and the machine it ran on."""
+"""What a run says at its beginning, in a rehearsal and at its end, the machine it ran on, and what evaluations say."""
 
 import json
 import platform
@@ -7,7 +7,7 @@ import shlex
 import statistics
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -18,10 +18,11 @@ from torch import nn
 
 from .augment import omitted_operations
 from .byol import BYOL
-from .config import output_folder
+from .config import EvaluationConfig, output_folder
 from .defaults import has_batch_norm, resolve_augmentation
 from .encoder import encoder_width
 from .errors import ByolTimmError
+from .evaluation import open_evaluation, train_classifier
 from .fidelity import Point, nearest_schedule
 from .metrics import write_json
 from .report import save_confusion
@@ -203,6 +204,23 @@ def closing(config: Any, folder: Path, record: dict[str, Any]) -> list[str]:
     return lines
 
 
+def evaluate_classifier(config: EvaluationConfig, protocol: str = "quick", *, frozen: bool) -> None:
+    """Say what `train_classifier` makes of the encoder and images of the settings, and write it to their `output`."""
+    folder = evaluation_folder(config.output) if config.output else None
+    encoder, splits, preparation = open_evaluation(config)
+    assert splits.test is not None
+    trained = train_classifier(
+        encoder, splits.train, splits.test, preparation, frozen=frozen, protocol=protocol, seed=config.seed
+    )
+    metrics, class_names = trained.metrics, splits.train.class_names
+    kind = "linear probe" if frozen else "fine-tuning"
+    print(f"{kind} ({metrics['protocol']}) of {config.encoder} on {config.dataset}")
+    print(*accuracy_lines(metrics, class_names), sep="\n")
+    if folder:
+        record = {"encoder": config.encoder, "dataset": config.dataset, **metrics}
+        save_evaluation(folder, record, class_names, rows=trained.rows)
+
+
 def accuracy_lines(metrics: Mapping[str, Any], class_names: Sequence[str]) -> list[str]:
     """`classification_metrics` for people: accuracies in percent, and the classes that go wrong most."""
     low, high = metrics["top1_interval"]
@@ -227,7 +245,7 @@ def evaluation_folder(path: str | Path) -> Path:
 
 
 def save_evaluation(
-    folder: Path, record: Mapping[str, Any], class_names: Sequence[str], *, rows: Sequence[int] | None = None
+    folder: Path, record: Mapping[str, Any], class_names: Sequence[str], *, rows: Iterable[int] | None = None
 ) -> None:
     """`results.json` with the record, `confusion.png` of its `confusion`, and `labelled.json` with the rows if given.
 
