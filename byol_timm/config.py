@@ -262,7 +262,8 @@ def output_file(path: str) -> Path:
 def run(main: Callable[[], Any]) -> None:
     """Call a recipe's `main`, its log on stdout; of `ByolTimmError` or Ctrl-C, one line on stderr and the exit code."""
     package = logging.getLogger(__package__)
-    package.addHandler(_Console())
+    # A notebook runs its cells again.
+    package.handlers = [_Console()]
     package.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.CRITICAL)
     try:
         main()

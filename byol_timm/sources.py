@@ -399,7 +399,8 @@ def _folder(folder: Path, files: _Listing, split: str | None) -> dict[str, _Part
     names = files.images
     if not names:
         found = ", ".join(f"{count} {suffix}" for suffix, count in files.others.most_common(3)) or "no file"
-        hint = ". Give --streaming to read tar shards" if any(files.others[suffix] for suffix in TARS) else ""
+        tars = any(files.others[suffix] for suffix in TARS)
+        hint = ". Only pretraining reads tar shards, with --streaming" if tars else ""
         raise ByolTimmError(f"no images found in {folder} (looked for {' '.join(EXTENSIONS)}; found {found}){hint}")
     inside: dict[str, list[str]] = {}
     for name in names:

@@ -22,7 +22,8 @@ from byol_timm.errors import ByolTimmError
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-RECIPES = sorted(path.name for path in (ROOT / "recipes").glob("*.py"))
+# quickstart.py has no command line.
+RECIPES = sorted({path.name for path in (ROOT / "recipes").glob("*.py")} - {"quickstart.py"})
 BIN = Path(sys.executable).parent
 
 
@@ -61,6 +62,16 @@ def test_help_in_a_pager_that_was_left_says_nothing():
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         process.stdout.close()
         assert process.stderr.read() == b"" and process.wait() == 141
+
+
+@pytest.mark.slow
+def test_quickstart_is_a_notebook_cell_that_runs_twice(tmp_path):
+    cell = (ROOT / "recipes" / "quickstart.py").read_text(encoding="utf-8")
+    cell = cell.replace('"resnet18"', '"test_resnet", epochs=1, hidden_dim=32')
+    notebook = f"import sys; sys.argv = ['ipykernel_launcher.py', '-f', 'x.json']\nfor _ in range(2): exec({cell!r})"
+    result = call([sys.executable, "-c", notebook], tmp_path, OMP_NUM_THREADS="1")
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert result.stdout.count("20-NN accuracy\n") == 2 and result.stdout.count("parameters\n") == 2
 
 
 def test_evaluations_leave_figures_a_confusion_matrix_and_the_labelled_rows(tmp_path):
