@@ -60,7 +60,7 @@ class PretrainConfig:
     image_share: float = 1.0
     """Share of the training images to train on, drawn by the seed; a smaller share is part of a larger one."""
     workers: int | None = None
-    """Data loading processes for images that do not fit in memory; None: one per core, at most 8."""
+    """Processes that decode images, once if memory or cache holds them, else always; None: one per core, at most 8."""
     memory_limit: float = 2.0
     """Images of one shape are held decoded in memory up to this many GB."""
     decoded_cache: str | None = None
@@ -133,7 +133,7 @@ class PretrainConfig:
     log_every: int | None = None
     """Steps between lines of metrics; None: fifty lines in all."""
     knn_every: int | None = None
-    """Epochs between kNN evaluations, where labels exist; None: ten in all."""
+    """Epochs between kNN evaluations, where labels exist; None: at most ten times, and at both ends."""
     resume: bool = False
     """Continue the run in output_dir from its newest good checkpoint."""
     overwrite: bool = False
