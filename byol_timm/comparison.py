@@ -8,13 +8,14 @@ import math
 import os
 import statistics
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
+from scipy import stats
 from torch import nn
 
 from .augment import EvaluationTransform
@@ -45,7 +46,7 @@ Row = Mapping[str, Any]
 EXTENSIBLE = MAY_CHANGE - {"batch_size"} | {"label_shares", "image_shares", "seeds"}
 COLUMNS = (
     *("start", "images", "mode", "labels", "seed", "train_images", "test_images"),
-    *("top1", "top1_low", "top1_high", "mean_per_class", "chosen", "seconds"),
+    *("top1", "top1_low", "top1_high", "mean_per_class", "chosen", "seconds", "zero_init_last"),
 )
 
 
@@ -148,7 +149,8 @@ def cells(comparison: Comparison, origin: Origin, seed: int) -> list[Cell]:
 def conclusion(rows: Sequence[Row]) -> str:
     """What the figures say, in three sentences: BYOL against random weights, frozen and fine-tuned; what to choose.
 
-    A difference of means counts where it is more than twice its standard error, over the seeds and the test images.
+    A difference counts where its 95 % interval leaves out zero: Student's over the seeds, each of which gives both
+    encoders the same labels, and that of so many test images. One seed tells no difference.
     """
     table = _Table(rows)
     sentences = [
@@ -160,10 +162,9 @@ def conclusion(rows: Sequence[Row]) -> str:
         title, mode = table.best(labels)
         best.append(f"with {_labels(labels)} from {title}, {mode} ({100 * table.mean(title, mode, labels):.1f} %)")
     last = f"The highest accuracy comes {', and '.join(best)}"
-    fewer = [title for title in table.titles if title.startswith("BYOL on")]
-    if fewer:
-        gain = 100 * (table.mean(fewer[0], "frozen", table.shares[-1]) - table.mean("BYOL", "frozen", table.shares[-1]))
-        last += f"; {fewer[0]} instead of all changes its frozen accuracy by {gain:+.1f} points"
+    if table.fewest:
+        few, all_images = (table.mean(title, "frozen", table.shares[-1]) for title in (table.fewest, "BYOL"))
+        last += f"; {table.fewest} instead of all changes its frozen accuracy by {100 * (few - all_images):+.1f} points"
     return " ".join([*sentences, f"{last}."])
 
 
@@ -356,6 +357,8 @@ def _finished(folder: Path, comparison: Comparison) -> Iterator[dict[str, Any]]:
                     row = json.loads(path.read_text("utf-8"))
                     metrics = row.pop("metrics")
                     row["train_images"], row["test_images"] = metrics["train_images"], metrics["images"]
+                    drawn = row["start"] != "pretrained"
+                    row["zero_init_last"] = comparison.pretraining.zero_init_last if drawn else None
                     row["top1_low"], row["top1_high"] = metrics["top1_interval"]
                     row["chosen"] = " ".join(f"{name}={value:g}" for name, value in metrics["chosen"].items())
                     yield {name: row.get(name, metrics.get(name)) for name in COLUMNS}
@@ -388,6 +391,10 @@ def _write(folder: Path, comparison: Comparison, rows: Sequence[Row]) -> None:
     note = f"Accuracy in percent on {rows[0]['test_images']:,} test images"
     if len(comparison.seeds) > 1:
         note += f", mean and standard deviation over {len(comparison.seeds)} seeds"
+    else:
+        note += "; one seed, which tells no difference from chance"
+    start, flag = (0, "zero_init_last") if comparison.pretraining.zero_init_last else (1, "no_zero_init_last")
+    note += f". Random weights, from which BYOL starts too, are timm's; residual branches start at {start} (--{flag})"
     text = f"{conclusion(rows)}\n\n{results_table(rows)}\n\n{note}.\n\n{pictures}\n"
     (folder / "conclusion.md").write_text(text, encoding="utf-8")
 
@@ -398,13 +405,15 @@ def _write(folder: Path, comparison: Comparison, rows: Sequence[Row]) -> None:
 class _Table:
     """Accuracies (0 to 1) by encoder, mode, share of the labels and seed."""
 
-    def __init__(self, rows: Iterable[Row]) -> None:
+    def __init__(self, rows: Sequence[Row]) -> None:
         self.runs: dict[tuple[str, str, float], dict[int, float]] = {}
         for row in rows:
             title = Origin(row["start"], row["images"]).title
             self.runs.setdefault((title, row["mode"], row["labels"]), {})[row["seed"]] = row["top1"]
             self.test_images = row["test_images"]
         self.titles = list(dict.fromkeys(title for title, _, _ in self.runs))
+        fewer = [row["images"] for row in rows if 0 < row["images"] < 1]
+        self.fewest = Origin("byol", min(fewer)).title if fewer else None
         self.shares = sorted({labels for _, _, labels in self.runs})
 
     def mean(self, title: str, mode: str, labels: float) -> float:
@@ -415,14 +424,16 @@ class _Table:
         return title, mode
 
     def gain(self, mode: str, labels: float) -> tuple[float, bool]:
-        """BYOL's mean minus that of random weights, and whether it is more than twice its standard error."""
-        groups = [list(self.runs[title, mode, labels].values()) for title in ("BYOL", "random")]
-        means = [statistics.fmean(group) for group in groups]
-        variance = 0.0
-        for group, mean in zip(groups, means, strict=True):
-            seeds = statistics.variance(group) / len(group) if len(group) > 1 else 0.0
-            variance += seeds + mean * (1 - mean) / self.test_images
-        return means[0] - means[1], abs(means[0] - means[1]) > 2 * math.sqrt(variance)
+        """BYOL's mean minus that of random weights, and whether it can be told from chance."""
+        byol, random = (self.runs[title, mode, labels] for title in ("BYOL", "random"))
+        differences = [byol[seed] - random[seed] for seed in byol.keys() & random.keys()]
+        gain, count = statistics.fmean(differences), len(differences)
+        if count < 2:
+            return gain, False
+        seeds = stats.t.ppf(0.975, count - 1) * statistics.stdev(differences) / math.sqrt(count)
+        means = [statistics.fmean(runs.values()) for runs in (byol, random)]
+        images = stats.norm.ppf(0.975) * math.sqrt(sum(mean * (1 - mean) for mean in means) / self.test_images)
+        return gain, abs(gain) > math.hypot(seeds, images)
 
 
 def _verdict(table: _Table, mode: str) -> str:

@@ -8,6 +8,7 @@ import logging
 import os
 import signal
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -59,7 +60,7 @@ class PretrainConfig:
     image_share: float = 1.0
     """Share of the training images to train on, drawn by the seed; a smaller share is part of a larger one."""
     workers: int | None = None
-    """Data loading processes for images that do not fit in memory; None: one per core, at most 8."""
+    """Processes that decode images, once if memory or cache holds them, else always; None: one per core, at most 8."""
     memory_limit: float = 2.0
     """Images of one shape are held decoded in memory up to this many GB."""
     decoded_cache: str | None = None
@@ -132,7 +133,7 @@ class PretrainConfig:
     log_every: int | None = None
     """Steps between lines of metrics; None: fifty lines in all."""
     knn_every: int | None = None
-    """Epochs between kNN evaluations, where labels exist; None: ten in all."""
+    """Epochs between kNN evaluations, where labels exist; None: at most ten times, and at both ends."""
     resume: bool = False
     """Continue the run in output_dir from its newest good checkpoint."""
     overwrite: bool = False
@@ -238,10 +239,31 @@ def to_yaml(config: Any) -> str:
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
 
 
+def output_folder(path: str | Path) -> Path:
+    """The folder that --output names, made and written to before the work whose results it takes."""
+    folder = Path(path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise ByolTimmError(f"cannot write to {folder} ({error.strerror}). Choose another --output") from error
+    return folder
+
+
+def output_file(path: str) -> Path:
+    """The file that --output names, in an `output_folder`."""
+    file = Path(path)
+    if file.is_dir():
+        raise ByolTimmError(f"--output takes a file and {file} is a folder. Name a file in it")
+    output_folder(file.parent)
+    return file
+
+
 def run(main: Callable[[], Any]) -> None:
-    """Call a recipe's `main` with its log on stdout; a `ByolTimmError` becomes one line on stderr and the exit code."""
+    """Call a recipe's `main`, its log on stdout; of `ByolTimmError` or Ctrl-C, one line on stderr and the exit code."""
     package = logging.getLogger(__package__)
-    package.addHandler(_Console())
+    # A notebook runs its cells again.
+    package.handlers = [_Console()]
     package.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.CRITICAL)
     try:
         main()
@@ -249,9 +271,19 @@ def run(main: Callable[[], Any]) -> None:
         if "--debug" in sys.argv:
             traceback.print_exc()
         if os.environ.get("RANK", "0") == "0" or (not error.agreed and _is_alone()):
-            text = " ".join(f"byol_timm: error: {error}".split())
-            print(text.encode(errors="backslashreplace").decode(), file=sys.stderr)
+            _tell(str(error))
         raise SystemExit(error.exit_code) from None
+    except KeyboardInterrupt:
+        if "--debug" in sys.argv:
+            traceback.print_exc()
+        if os.environ.get("RANK", "0") == "0":
+            _tell("interrupted")
+        raise SystemExit(128 + signal.SIGINT) from None
+
+
+def _tell(message: str) -> None:
+    text = " ".join(f"byol_timm: error: {message}".split())
+    print(text.encode(errors="backslashreplace").decode(), file=sys.stderr)
 
 
 def _is_alone() -> bool:

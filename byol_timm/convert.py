@@ -236,7 +236,7 @@ def _guess_backbone(tensors: Mapping[str, Tensor], source: Source, checkpoint: P
 
 def _channels(tensors: Mapping[str, Tensor], backbone: str) -> int:
     """Channels of the images: the input of the first convolution."""
-    known = timm.models.get_pretrained_cfg(backbone)
+    known = timm.models.get_pretrained_cfg(backbone.partition(".")[0])
     stem = tensors.get(f"{known.first_conv}.weight") if known else None
     return 3 if stem is None else stem.shape[1]
 

@@ -116,6 +116,8 @@ def open_evaluation(config: EvaluationConfig, *, labelled: bool = True) -> tuple
     labelled: raise `ByolTimmError` for images of which none are held out with a label; else all images of the split are
         in `train`, with or without labels.
     """
+    if config.workers is not None and config.workers < 0:
+        raise ByolTimmError(f"--workers must not be negative ({config.workers})")
     # What a bare timm name gets without --pretrained.
     torch.manual_seed(config.seed)
     encoder = load_encoder(
@@ -288,7 +290,7 @@ class Protocol:
 
     frozen: whether it is for frozen encoders (a linear probe) or for fine-tuning.
     lrs, epochs: of SGD with Nesterov momentum 0.9 and no weight decay, its rate on a cosine from `lr` to 0.
-    l2: penalties of logistic regression by L-BFGS instead, on the sum of the images' losses.
+    l2: penalties of logistic regression by L-BFGS instead, `l2 / 2 |w|^2` beside the sum of the images' losses.
     labels: share of every class's training labels that is used.
     augmentation: of the training images, as for view 1; None: as in the test, so that features are extracted once.
     min_steps: small data are passed more often than `epochs`, up to so many steps.
@@ -428,7 +430,7 @@ def fit_linear(
     def fit(settings: Sequence[Setting], members: Array) -> list[nn.Linear]:
         if protocol.l2:
             return [_logistic(inputs[members], labels[members], s["l2"], num_classes) for s in settings]
-        heads = [_linear(features.shape[1], num_classes).to(features.device) for _ in settings]
+        heads = [zero_linear(features.shape[1], num_classes).to(features.device) for _ in settings]
         if batches is None:
             stream = _shuffled(inputs[members], labels[members].to(inputs.device), protocol.batch_size, seed)
         else:
@@ -446,43 +448,6 @@ def fit_linear(
     return head, record
 
 
-def logistic_regression(
-    features: Tensor,
-    labels: Labels,
-    *,
-    l2: Sequence[float] = L2_VALUES,
-    held_out: float = 0.2,
-    num_classes: int | None = None,
-    seed: int = 0,
-) -> tuple[nn.Linear, dict[str, Any]]:
-    """scikit-learn's logistic regression of features [N, d] by L-BFGS (float64), and the record of what was chosen.
-
-    l2: penalties to choose from, of `l2 / 2 |w|^2 + sum of losses`, so that scikit-learn's C is 1 / l2.
-    """
-    protocol = Protocol(frozen=True, l2=tuple(l2), held_out=held_out)
-    return fit_linear(features, labels, protocol=protocol, num_classes=num_classes, seed=seed)
-
-
-class OnlineProbe(nn.Module):
-    """The linear classifier that watches pretraining: it learns from representations and gives them no gradient.
-
-    Starts at zero. Give it the representation of view 1, as the authors do, and an optimizer of its own.
-    """
-
-    def __init__(self, width: int, num_classes: int) -> None:
-        super().__init__()
-        self.classifier = _linear(width, num_classes)
-
-    def forward(self, representation: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        """`loss` and `accuracy` (0 to 1) over the labelled rows, of [B, width] and int64 [B] with -1 for no label."""
-        logits = self.classifier(representation.detach().float()).float()
-        known = (labels >= 0).sum().clamp(min=1)
-        return {
-            "loss": F.cross_entropy(logits, labels, ignore_index=-1, reduction="sum") / known,
-            "accuracy": (logits.detach().argmax(1) == labels).sum() / known,
-        }
-
-
 def _finetune(
     encoder: nn.Module, train: Images, preparation: Preparation, protocol: Protocol, num_classes: int, seed: int
 ) -> tuple[nn.Sequential, dict[str, Any]]:
@@ -492,7 +457,7 @@ def _finetune(
     def fit(settings: Sequence[Setting], members: Array) -> list[nn.Sequential]:
         networks = []
         for _ in settings:
-            head = _linear(encoder_width(encoder), num_classes).to(device)
+            head = zero_linear(encoder_width(encoder), num_classes).to(device)
             networks.append(nn.Sequential(copy.deepcopy(encoder), head).requires_grad_(True).train())
         stream = _augmented(train.subset(members), preparation, protocol, device, seed)
         with torch.random.fork_rng(generators), _deterministic_convolutions():
@@ -626,13 +591,13 @@ def _logistic(features: Tensor, labels: Tensor, l2: float, num_classes: int) -> 
     weight, bias = torch.as_tensor(model.coef_), torch.as_tensor(model.intercept_)
     if len(model.classes_) == 2:
         weight, bias = (torch.cat([-half, half]) for half in (weight / 2, bias / 2))
-    head = _linear(features.shape[1], num_classes).double()
+    head = zero_linear(features.shape[1], num_classes).double()
     with torch.no_grad():
         head.weight[model.classes_], head.bias[model.classes_] = weight, bias
     return head.to(features.device)
 
 
-def _linear(width: int, num_classes: int) -> nn.Linear:
+def zero_linear(width: int, num_classes: int) -> nn.Linear:
     """A linear layer of zeros; nothing is drawn."""
     layer = nn.utils.skip_init(nn.Linear, width, num_classes)
     nn.init.zeros_(layer.weight)
@@ -722,9 +687,9 @@ def classification_metrics(scores: Tensor, labels: Labels) -> dict[str, Any]:
     }
 
 
-def confidence_interval(correct: int, total: int, level: float = 0.95) -> tuple[float, float]:
-    """Wilson's interval for the share of which `correct` of `total` is a sample."""
-    z = statistics.NormalDist().inv_cdf((1 + level) / 2)
+def confidence_interval(correct: int, total: int) -> tuple[float, float]:
+    """Wilson's 95 % interval for the share of which `correct` of `total` is a sample."""
+    z = statistics.NormalDist().inv_cdf(0.975)
     share, weight = correct / total, z**2 / total
     center, half = share + weight / 2, z * math.sqrt(share * (1 - share) / total + weight / (4 * total))
     return (center - half) / (1 + weight), (center + half) / (1 + weight)

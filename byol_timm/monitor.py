@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
@@ -15,13 +16,13 @@ from .checkpoint import optimizer_tensors, restore_optimizer
 from .data import load_pixels, subset_indices
 from .defaults import crop_pct
 from .evaluation import (
-    OnlineProbe,
     classification_metrics,
     extract_features,
     knn,
     knn_scores,
     nearest_neighbours,
     raw_pixels,
+    zero_linear,
 )
 from .interruption import Interruption
 from .report import save_confusion, save_embedding, save_neighbours
@@ -46,30 +47,35 @@ class LinearProbe:
 
     def __init__(self, width: int, images: Images, device: torch.device) -> None:
         self.labels, self.device = torch.as_tensor(images.labels), device
-        self.classifier = OnlineProbe(width, len(images.class_names)).to(device)
+        self.classifier = zero_linear(width, len(images.class_names)).to(device)
         self.optimizer = torch.optim.Adam(self.classifier.parameters(), lr=PROBE_LR)
 
     def learn(self, representation: Tensor, ordinals: Tensor, bad: Collection[int] = ()) -> None:
         """One step on a batch [B, width]; ordinals: of its images. Other images stand in for those that are bad."""
         indices = ordinals % len(self.labels)
         labels = self.labels[indices].masked_fill(torch.isin(indices, torch.tensor(list(bad), dtype=torch.int64)), -1)
+        labels = labels.to(self.device, non_blocking=True)
         self.optimizer.zero_grad()
-        self.classifier(representation, labels.to(self.device, non_blocking=True))["loss"].backward()
+        logits = self.classifier(representation.detach().float()).float()
+        loss = F.cross_entropy(logits, labels, ignore_index=-1, reduction="sum") / (labels >= 0).sum().clamp(min=1)
+        loss.backward()
         self.optimizer.step()
 
     @torch.no_grad()
     def accuracy(self, features: Tensor, labels: Tensor) -> float:
-        """Share of the labelled features [N, width] that are classified right."""
-        return self.classifier(features.to(self.device), labels.to(self.device))["accuracy"].item()
+        """Share of the features [N, width] with a label, int64 [N] with -1 for none, that are classified right."""
+        found = self.classifier(features.to(self.device).float()).argmax(1)
+        return ((found == labels.to(self.device)).sum() / (labels >= 0).sum().clamp(min=1)).item()
 
     def tensors(self) -> dict[str, Tensor]:
         """All of its state, for a checkpoint."""
-        return {**self.classifier.state_dict(), **optimizer_tensors(self.optimizer)}
+        weights = {f"classifier.{name}": tensor for name, tensor in self.classifier.state_dict().items()}
+        return {**weights, **optimizer_tensors(self.optimizer)}
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
         """Put `tensors` back, bit for bit."""
-        names = self.classifier.state_dict()
-        self.classifier.load_state_dict({name: tensors[name] for name in names})
+        names = {f"classifier.{name}": name for name in self.classifier.state_dict()}
+        self.classifier.load_state_dict({name: tensors[saved] for saved, name in names.items()})
         restore_optimizer(self.optimizer, {name: tensors[name] for name in tensors.keys() - names.keys()})
 
 
@@ -138,7 +144,7 @@ class Examples:
         return figures if probe is None else {**figures, "linear": probe.accuracy(queries, self.query_labels)}
 
     def knn_of_pixels(self) -> float:
-        """20-NN accuracy of the pixels themselves, of images not larger than 32x32."""
+        """20-NN accuracy of the pixels themselves, averaged to 32x32 where images are larger."""
         bank, queries = (raw_pixels(images) for images in (self.bank, self.queries))
         return knn(bank, self.bank_labels, queries, self.query_labels, k=NEIGHBOURS)
 

@@ -1,5 +1,6 @@
 """Optimizers as BYOL uses them: LARS, parameter groups, and the learning rate as a function of the step."""
 
+import difflib
 import math
 from collections.abc import Callable, Iterable
 from fnmatch import fnmatchcase
@@ -7,6 +8,8 @@ from typing import Any
 
 import torch
 from torch import nn
+
+from .errors import ByolTimmError
 
 
 class LARS(torch.optim.Optimizer):
@@ -84,15 +87,29 @@ def parameter_groups(module: nn.Module, weight_decay: float, *, no_weight_decay:
 def create_optimizer(
     opt: str, module: nn.Module, *, lr: float, weight_decay: float, no_weight_decay: Iterable[str] = ()
 ) -> torch.optim.Optimizer:
-    """`lars`, or any optimizer that `timm.optim.create_optimizer_v2` knows, over `parameter_groups(module)`."""
+    """`lars`, or any optimizer that `timm.optim.create_optimizer_v2` knows, over `parameter_groups(module)`.
+
+    Raises `ByolTimmError` for an unknown one, and for one that needs more than gradients or is not to be had here.
+    """
     groups = parameter_groups(module, weight_decay, no_weight_decay=no_weight_decay)
     if opt == "lars":
         return LARS(groups, lr)
-    from timm.optim import create_optimizer_v2
+    from timm.optim import create_optimizer_v2, get_optimizer_info, list_optimizers
 
+    known, name = list_optimizers(), opt.removeprefix("lookahead_")
+    if name not in known:
+        near = difflib.get_close_matches(opt.lower(), known, n=1, cutoff=0.0)[0]
+        raise ByolTimmError(f"unknown optimizer {opt!r}. Did you mean {near}?")
+    if get_optimizer_info(name).second_order:
+        raise ByolTimmError(f"{opt} needs second derivatives, which training has none of. Choose another --opt")
     for group in groups:
         del group["adapt"]
-    return create_optimizer_v2(groups, opt, lr=lr, weight_decay=weight_decay)
+    try:
+        return create_optimizer_v2(groups, opt, lr=lr, weight_decay=weight_decay)
+    # timm asserts that packages and a GPU are there.
+    except (AssertionError, ImportError, ValueError) as error:
+        reason = str(error).rstrip(".")
+        raise ByolTimmError(f"optimizer {opt} cannot be used ({reason}). Choose another --opt") from error
 
 
 def learning_rate(step: int, *, total_steps: int, warmup_steps: int, peak: float) -> float:

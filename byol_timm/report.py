@@ -159,7 +159,6 @@ def save_embedding(
     path: str | Path,
     *,
     method: Literal["pca", "tsne"] = "pca",
-    seed: int = 0,
 ) -> Path:
     """A map of features [N, d] in two dimensions, coloured by label (int [N], -1 for none; None for no labels).
 
@@ -170,7 +169,7 @@ def save_embedding(
     if method == "tsne":
         kept = np.unique(np.linspace(0, len(rows) - 1, TSNE_IMAGES).astype(int))
         rows, labels = rows[kept], labels[kept]
-        places, title = _tsne(rows, seed), "t-SNE of the representation"
+        places, title = _tsne(rows), "t-SNE of the representation"
     else:
         places, share = _principal_components(rows)
         title = f"The representation's two principal components ({share:.0%} of the variance)"
@@ -181,7 +180,7 @@ def save_embedding(
         axes.scatter(*unlabelled.T, s=_dot(places), color=color, linewidths=0)
         present = np.unique(labels[labels >= 0])
         # In one shuffled scatter no class covers another.
-        order = np.random.default_rng(seed).permutation(np.flatnonzero(labels >= 0))
+        order = np.random.default_rng(0).permutation(np.flatnonzero(labels >= 0))
         palette = _class_colors(len(present))
         colors = palette[np.searchsorted(present, labels[order])]
         axes.scatter(*places[order].T, s=_dot(places), c=colors, linewidths=0, alpha=0.75)
@@ -325,7 +324,6 @@ def save_label_efficiency(
     path: str | Path,
     *,
     title: str = "Accuracy by share of labels",
-    xlabel: str = "share of the labels",
     colors: Mapping[str, str] | None = None,
 ) -> Path:
     """A line per series: accuracies of runs (0 to 1) by the share of the labels (0 to 1) that they had, on a log axis.
@@ -343,7 +341,7 @@ def save_label_efficiency(
         axes.set_xticks(shares, _share_names(shares))
         axes.minorticks_off()
         axes.yaxis.set_major_formatter("{x:.0%}")
-        axes.set(xlabel=xlabel, ylabel=_accuracy_of(series))
+        axes.set(xlabel="share of the labels", ylabel=_accuracy_of(series))
         # The legend in the order of the lines' right ends.
         handles, names = axes.get_legend_handles_labels()
         ends = [statistics.fmean(series[name][max(series[name])]) for name in names]
@@ -527,11 +525,11 @@ def _principal_components(rows: Array) -> tuple[Array, float]:
     return places, float((values[:2] ** 2).sum() / max((values**2).sum(), 1e-30))
 
 
-def _tsne(rows: Array, seed: int) -> Array:
+def _tsne(rows: Array) -> Array:
     from sklearn.manifold import TSNE
 
     perplexity = min(30.0, max(1.0, (len(rows) - 1) / 3))
-    return TSNE(perplexity=perplexity, metric="cosine", random_state=seed).fit_transform(rows)
+    return TSNE(perplexity=perplexity, metric="cosine", random_state=0).fit_transform(rows)
 
 
 def _dot(places: Array) -> float:

@@ -321,22 +321,22 @@ def _choose(
     train = _images(parts[train_name], name, channels, parts[train_name].class_names)
     if not len(train):
         raise ByolTimmError(f"dataset {name} has no rows in split {train_name}. Check --dataset and --split")
-    source = f"{len(train):,} images of {name}" + (f", split {train_name}" if len(parts) > 1 else "")
+    note = f"split {train_name}, " if len(parts) > 1 else ""
     if train.labels is None:
-        return Splits(train, None, f"{source}, unlabelled: no evaluation")
-    source += f", {len(train.class_names)} classes"
+        return Splits(train, None, f"{note}unlabelled: no evaluation")
+    note += f"{len(train.class_names)} classes"
     if held_out is None:
-        return Splits(train, None, source)
+        return Splits(train, None, note)
     for test_name in TEST_NAMES:
         if test_name in parts and test_name != train_name:
             test = _images(parts[test_name], name, channels, train.class_names)
             if test.labels is not None:
-                return Splits(train, test, f"{source}; evaluation on split {test_name} ({len(test):,} images)")
+                return Splits(train, test, f"{note}; evaluation on split {test_name} ({len(test):,} images)")
     test_rows = _hold_out(train.labels, held_out, seed)
     if not len(test_rows):
-        return Splits(train, None, f"{source}; no class has two images: no evaluation")
+        return Splits(train, None, f"{note}; no class has two images: no evaluation")
     kept = np.setdiff1d(np.arange(len(train)), test_rows)
-    note = f"{source}; {len(test_rows):,} of them, {held_out:.0%} of every class, held out for evaluation"
+    note += f"; {len(test_rows):,} more, {held_out:.0%} of every class, held out for evaluation"
     return Splits(train.subset(kept), train.subset(test_rows), note)
 
 
@@ -399,7 +399,8 @@ def _folder(folder: Path, files: _Listing, split: str | None) -> dict[str, _Part
     names = files.images
     if not names:
         found = ", ".join(f"{count} {suffix}" for suffix, count in files.others.most_common(3)) or "no file"
-        hint = ". Give --streaming to read tar shards" if any(files.others[suffix] for suffix in TARS) else ""
+        tars = any(files.others[suffix] for suffix in TARS)
+        hint = ". Only pretraining reads tar shards, with --streaming" if tars else ""
         raise ByolTimmError(f"no images found in {folder} (looked for {' '.join(EXTENSIONS)}; found {found}){hint}")
     inside: dict[str, list[str]] = {}
     for name in names:

@@ -1,4 +1,4 @@
-"""What a run says at its beginning, in a rehearsal and at its end, and the machine it ran on."""
+"""What a run says at its beginning, in a rehearsal and at its end, the machine it ran on, and what evaluations say."""
 
 import json
 import platform
@@ -7,7 +7,7 @@ import shlex
 import statistics
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,11 @@ from torch import nn
 
 from .augment import omitted_operations
 from .byol import BYOL
+from .config import EvaluationConfig, PretrainConfig, output_folder
 from .defaults import has_batch_norm, resolve_augmentation
 from .encoder import encoder_width
 from .errors import ByolTimmError
+from .evaluation import open_evaluation, train_classifier
 from .fidelity import Point, nearest_schedule
 from .metrics import write_json
 from .report import save_confusion
@@ -28,6 +30,9 @@ from .shards import StreamSplits
 from .sources import Splits
 
 PACKAGES = ("byol_timm", "torch", "timm", "accelerate", "datasets", "huggingface_hub")
+
+# Settings of pretraining, the seed of what is held out among them, that evaluations must share to see the same images.
+DATA = ("dataset_config", "split", "image_column", "label_column", "seed")
 
 
 def environment(accelerator: Accelerator) -> dict[str, Any]:
@@ -76,7 +81,7 @@ def banner(
         batch += f" x {accelerator.gradient_accumulation_steps} accumulated"
     lines = [
         ("device", f"{device_name(accelerator.device)}{threads}, {processes}, {precision(accelerator)}"),
-        ("images", f"{len(splits.train):,} of {splits.train.name}; {splits.note}"),
+        ("images", f"{len(splits.train):,} of {splits.train.name}, {splits.note}"),
         (
             "encoder",
             f"{config.backbone}, {_millions(byol.encoder)} parameters, width {encoder_width(byol.encoder)}, "
@@ -85,12 +90,14 @@ def banner(
         ("views", views),
         (
             "batch",
-            f"{batch}; {config.epochs} epochs of {schedule.steps_per_epoch} steps, {schedule.total_steps:,} steps",
+            f"{batch}; {_count(config.epochs, 'epoch')} of {_count(schedule.steps_per_epoch, 'step')}, "
+            f"{_count(schedule.total_steps, 'step')}",
         ),
         (
             "optimizer",
             f"{config.opt}, lr {schedule.peak_lr:g} ({config.lr:g} per 256 images), weight decay "
-            f"{config.weight_decay:g}, {schedule.warmup_steps} steps of warm-up; tau from {config.target_decay:g}",
+            f"{config.weight_decay:g}, {_count(schedule.warmup_steps, 'step')} of warm-up; "
+            f"tau from {config.target_decay:g}",
         ),
     ]
     if frozen:
@@ -113,7 +120,7 @@ def rehearsal(schedule: Any, byol: BYOL, accelerator: Accelerator, seconds: Sequ
     online = [parameter for parameter in byol.parameters() if parameter.requires_grad]
     # The first step prepares what later ones find ready.
     step = statistics.median(seconds[1:] or seconds)
-    measured = f"measured over {len(seconds)} step" + "s" * (len(seconds) > 1)
+    measured = f"measured over {_count(len(seconds), 'step')}"
     lines = [
         (
             "parameters",
@@ -122,7 +129,8 @@ def rehearsal(schedule: Any, byol: BYOL, accelerator: Accelerator, seconds: Sequ
         ("speed", f"{schedule.global_batch / step:,.0f} images/s, {step:.3g} s a step, {measured}"),
         (
             "time",
-            f"{_duration(step * schedule.total_steps)} for {schedule.total_steps:,} steps; evaluation comes on top",
+            f"{_duration(step * schedule.total_steps)} for {_count(schedule.total_steps, 'step')}; "
+            "evaluation comes on top",
         ),
         ("memory", f"{peak_memory(accelerator.device)}, measured"),
     ]
@@ -156,7 +164,7 @@ def peak_memory(device: torch.device) -> str:
 def closing(config: Any, folder: Path, record: dict[str, Any]) -> list[str]:
     """Lines that say, at the end, what came out, where it lies and what to type next."""
     minutes, seconds = divmod(round(record["seconds"]), 60)
-    lines = ["", f"{record['steps']:,} steps in {minutes} min {seconds} s"]
+    lines = ["", f"{_count(record['steps'], 'step')} in {minutes} min {seconds} s"]
     results = record.get("results")
     if results:
         trained = config.pretrained or ":" in config.backbone or config.training_state
@@ -191,21 +199,62 @@ def closing(config: Any, folder: Path, record: dict[str, Any]) -> list[str]:
     lines += [
         f"  {name:<15} {text}" for name, text in files.items() if (folder / name).exists() or name == "results.json"
     ]
-    place = shlex.quote(str(folder))
-    lines += [
-        "",
-        "next",
-        f"  accelerate launch recipes/pretrain.py --backbone {config.backbone} --dataset path/to/images",
-        f"  python recipes/linear_probe.py --encoder local-dir:{place}/encoder --dataset {shlex.quote(config.dataset)}",
-        f"  python recipes/push_encoder.py {place} user/name",
+    return [*lines, "", "next", *(f"  {shlex.join(command)}" for command in _next(config, folder, bool(results)))]
+
+
+def _next(config: Any, folder: Path, labelled: bool) -> list[list[str]]:
+    """Commands to go on with: recipes, or what there is in their place where only the package is installed."""
+    data = {"dataset": config.dataset}
+    data |= {name: getattr(config, name) for name in DATA if getattr(config, name) != getattr(PretrainConfig, name)}
+    if config.streaming:
+        # The other recipes read whole data sets.
+        labelled, data = False, {"dataset": "path/to/images"}
+    encoder = f"local-dir:{folder}/encoder"
+    own = ["--backbone", config.backbone, "--dataset", "path/to/images"]
+    for recipes in (Path("recipes"), Path(__file__).parents[1] / "recipes"):
+        if (recipes / "linear_probe.py").exists():
+            evaluation = "linear_probe.py" if labelled else "extract_features.py"
+            flags = [word for name, value in data.items() for word in (f"--{name}", str(value))]
+            return [
+                ["accelerate", "launch", f"{recipes}/pretrain.py", *own],
+                ["python", f"{recipes}/{evaluation}", "--encoder", encoder, *flags],
+                ["python", f"{recipes}/push_encoder.py", str(folder), "user/name"],
+            ]
+    settings = ", ".join(f"{name}={_quoted(value)}" for name, value in {"encoder": encoder, **data}.items())
+    probe = (
+        "from byol_timm.config import EvaluationConfig; from byol_timm.summary import evaluate_classifier; "
+        f"evaluate_classifier(EvaluationConfig({settings}), frozen=True)"
+    )
+    push = f'import byol_timm; byol_timm.push_encoder({_quoted(str(folder))}, "user/name")'
+    return [
+        ["accelerate", "launch", "-m", "byol_timm", *own],
+        *([["python", "-c", probe]] if labelled else []),
+        ["python", "-c", push],
     ]
-    return lines
+
+
+def evaluate_classifier(config: EvaluationConfig, protocol: str = "quick", *, frozen: bool) -> None:
+    """Say what `train_classifier` makes of the encoder and images of the settings, and write it to their `output`."""
+    folder = evaluation_folder(config.output) if config.output else None
+    encoder, splits, preparation = open_evaluation(config)
+    assert splits.test is not None
+    trained = train_classifier(
+        encoder, splits.train, splits.test, preparation, frozen=frozen, protocol=protocol, seed=config.seed
+    )
+    metrics, class_names = trained.metrics, splits.train.class_names
+    kind = "linear probe" if frozen else "fine-tuning"
+    print(f"{kind} ({metrics['protocol']}) of {config.encoder} on {config.dataset}")
+    print(*accuracy_lines(metrics, class_names), sep="\n")
+    if folder:
+        record = {"encoder": config.encoder, "dataset": config.dataset, **metrics}
+        save_evaluation(folder, record, class_names, rows=trained.rows)
 
 
 def accuracy_lines(metrics: Mapping[str, Any], class_names: Sequence[str]) -> list[str]:
     """`classification_metrics` for people: accuracies in percent, and the classes that go wrong most."""
     low, high = metrics["top1_interval"]
-    lines = [f"  top-1 {metrics['top1']:6.1%} of {metrics['images']:,} images (95 % interval {low:.1%} to {high:.1%})"]
+    images = _count(metrics["images"], "image")
+    lines = [f"  top-1 {metrics['top1']:6.1%} of {images} (95 % interval {low:.1%} to {high:.1%})"]
     if metrics["top5"] is not None:
         lines += [f"  top-5 {metrics['top5']:6.1%}"]
     known = [(share, name) for share, name in zip(metrics["per_class"], class_names, strict=False) if share is not None]
@@ -213,22 +262,41 @@ def accuracy_lines(metrics: Mapping[str, Any], class_names: Sequence[str]) -> li
     return [*lines, f"  mean per class {metrics['mean_per_class']:.1%}; lowest: {worst}"]
 
 
+def evaluation_folder(path: str | Path) -> Path:
+    """An `output_folder` for `save_evaluation`; a pretraining run is refused, whose results.json would be lost."""
+    folder = Path(path)
+    for name in ("config.yaml", "metrics.jsonl", "checkpoints"):
+        if (folder / name).exists():
+            raise ByolTimmError(
+                f"--output {folder} is a pretraining run ({name}) with results of its own. "
+                f"Choose another folder, such as {folder}-evaluation"
+            )
+    return output_folder(folder)
+
+
 def save_evaluation(
-    folder: str | Path, record: Mapping[str, Any], class_names: Sequence[str], *, rows: Sequence[int] | None = None
+    folder: Path, record: Mapping[str, Any], class_names: Sequence[str], *, rows: Iterable[int] | None = None
 ) -> None:
     """`results.json` with the record, `confusion.png` of its `confusion`, and `labelled.json` with the rows if given.
 
     rows: of the images in their split whose labels a classifier learned from. Raises `ByolTimmError`.
     """
-    folder = Path(folder)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "results.json", record)
         if rows is not None:
             (folder / "labelled.json").write_text(json.dumps([int(row) for row in rows]) + "\n", encoding="utf-8")
     except OSError as error:
         raise ByolTimmError(f"cannot write to {folder} ({error.strerror}). Choose another --output") from error
     save_confusion(record["confusion"], class_names, folder / "confusion.png")
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}" + "s" * (number != 1)
+
+
+def _quoted(value: str | int) -> str:
+    """As Python takes it, in the quotes that a shell's do not disturb."""
+    return json.dumps(value, ensure_ascii=False)
 
 
 def _duration(seconds: float) -> str:

@@ -11,6 +11,7 @@ import csv
 import io
 import os
 import shlex
+import signal
 import sys
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ import timm
 import torch
 from tqdm import tqdm
 
-from byol_timm.config import parse, run
+from byol_timm.config import output_file, parse, run
 from byol_timm.encoder import (
     Fit,
     closest_backbones,
@@ -65,15 +66,22 @@ def main() -> None:
     form = Path(config.output).suffix if config.output else ".md"
     if form not in (".md", ".csv"):
         raise ByolTimmError(f"the table is written as .md or .csv ({config.output}). Choose one of them for --output")
+    output = output_file(config.output) if config.output else None
     names = sorted({name for pattern in config.filter for name in matching(pattern)})
-    with ProcessPoolExecutor(config.processes, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+    with ProcessPoolExecutor(config.processes, initializer=prepare_process) as pool:
         rows = pool.map(partial(table_row, config=config), names, chunksize=4)
         rows = list(tqdm(rows, total=len(names), unit="backbone", mininterval=1.0))
     text = as_csv(rows, config) if form == ".csv" else as_markdown(rows, config)
-    if config.output:
-        Path(config.output).write_text(text, encoding="utf-8")
+    if output:
+        output.write_text(text, encoding="utf-8")
     else:
         print(text, end="")
+
+
+def prepare_process() -> None:
+    torch.set_num_threads(1)
+    # Of a Ctrl-C, which reaches all processes of a terminal, the first one tells.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def matching(pattern: str) -> list[str]:

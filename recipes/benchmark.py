@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-from byol_timm.config import parse, run
+from byol_timm.config import output_file, parse, run
 
 
 @dataclass(frozen=True)
@@ -82,6 +82,7 @@ def main() -> None:
     from byol_timm.sources import open_dataset
 
     check_peers(config.against)
+    output = output_file(config.output) if config.output else None
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -117,11 +118,10 @@ def main() -> None:
         show(benchmark.memory(workload, against=against, device=device))
     if "start" in config.parts:
         show(benchmark.start(Path(__file__).with_name("pretrain.py"), config.backbone, timing))
-    if config.output:
-        path = Path(config.output)
-        write_json(path, {"config": asdict(config), "parts": [asdict(part) for part in parts]})
+    if output:
+        write_json(output, {"config": asdict(config), "parts": [asdict(part) for part in parts]})
         relative = {part.title: {name: part.relative(name) for name in part.costs} for part in parts}
-        save_costs(relative, path.with_suffix(".png"), title="Time or memory, relative to the first that is 1")
+        save_costs(relative, output.with_suffix(".png"), title="Time or memory, relative to the first that is 1")
 
 
 if __name__ == "__main__":

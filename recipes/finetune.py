@@ -22,18 +22,9 @@ class FinetuneConfig(EvaluationConfig):
 def main() -> None:
     config = parse(FinetuneConfig)
 
-    from byol_timm.evaluation import open_evaluation, train_classifier
-    from byol_timm.summary import accuracy_lines, save_evaluation
+    from byol_timm.summary import evaluate_classifier
 
-    encoder, splits, preparation = open_evaluation(config)
-    settings = dict(protocol=config.protocol, seed=config.seed)
-    trained = train_classifier(encoder, splits.train, splits.test, preparation, frozen=False, **settings)
-    metrics, class_names = trained.metrics, splits.train.class_names
-    print(f"fine-tuning ({metrics['protocol']}) of {config.encoder} on {config.dataset}")
-    print(*accuracy_lines(metrics, class_names), sep="\n")
-    if config.output:
-        record = {"encoder": config.encoder, "dataset": config.dataset, **metrics}
-        save_evaluation(config.output, record, class_names, rows=trained.rows)
+    evaluate_classifier(config, config.protocol, frozen=False)
 
 
 if __name__ == "__main__":

@@ -19,14 +19,17 @@ QUICK = dict(
     backbone_kwargs=("auto",),
     label_shares=(0.01, 0.1, 1.0),
     image_shares=(0.1,),
-    seeds=(0, 1),
+    seeds=(0, 1, 2),
     epochs=10,
     finetune_epochs=3,
     finetune_lrs=(0.03, 0.1),
     finetune_steps=50,
 )
 # Of a single run: a comparison has none of these, or one of its own.
-REFUSED = ("seed", "image_share", "pretrained", "overwrite", "dry_run", "max_time", "push_to_hub", "public")
+REFUSED = (
+    *("seed", "image_share", "pretrained", "training_state", "overwrite", "dry_run", "max_time"),
+    *("push_to_hub", "public", "push_training_state"),
+)
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from byol_timm.config import EvaluationConfig, parse, run
+from byol_timm.errors import ByolTimmError
 
 
 @dataclass(frozen=True)
@@ -28,10 +29,14 @@ class KnnConfig(EvaluationConfig):
 
 def main() -> None:
     config = parse(KnnConfig)
+    for name in ("k", "temperature"):
+        if not getattr(config, name) > 0:
+            raise ByolTimmError(f"--{name} must be positive ({getattr(config, name)})")
 
     from byol_timm.evaluation import RawPixels, classification_metrics, dataset_features, knn_scores, open_evaluation
-    from byol_timm.summary import accuracy_lines, save_evaluation
+    from byol_timm.summary import accuracy_lines, evaluation_folder, save_evaluation
 
+    folder = evaluation_folder(config.output) if config.output else None
     encoder, splits, preparation = open_evaluation(config)
     settings = dict(k=config.k, temperature=config.temperature, center=config.center)
     class_names = splits.train.class_names
@@ -50,9 +55,9 @@ def main() -> None:
         # Pixels as they are: without centring, an offset would change the cosines.
         metrics["raw_pixels_top1"] = evaluate(RawPixels(), replace(preparation, mean=(0.0,), std=(1.0,)))["top1"]
         print(f"  raw pixels {metrics['raw_pixels_top1']:.1%}")
-    if config.output:
+    if folder:
         chosen = {"encoder": config.encoder, "dataset": config.dataset, **settings}
-        save_evaluation(config.output, {**chosen, **metrics}, class_names)
+        save_evaluation(folder, {**chosen, **metrics}, class_names)
 
 
 if __name__ == "__main__":

@@ -25,8 +25,8 @@ from byol_timm import BYOL
 from byol_timm.augment import AUGMENTATIONS, TwoViews
 from byol_timm.byol import mlp, regression_loss
 from byol_timm.checkpoint import optimizer_tensors, save_checkpoint
-from byol_timm.config import parse, run
-from byol_timm.encoder import encoder_width
+from byol_timm.config import output_file, parse, run
+from byol_timm.encoder import encoder_width, fit_backbone
 from byol_timm.errors import ByolTimmError
 from byol_timm.sources import open_dataset
 
@@ -121,9 +121,10 @@ def main() -> None:
     config = parse(Scale)
     if not len(config.cards) == len(config.supervised) == len(config.prices):
         raise ByolTimmError(f"--cards names {len(config.cards)} kinds. Give each its --supervised and its --prices")
+    output = output_file(config.output) if config.output else None
     text = "\n".join(measured(config) if config.measure else page(config)) + "\n"
-    if config.output:
-        Path(config.output).write_text(text, encoding="utf-8")
+    if output:
+        output.write_text(text, encoding="utf-8")
     else:
         print(text, end="")
 
@@ -144,8 +145,8 @@ class Network:
 
     @classmethod
     def of(cls, backbone: str, image_size: int) -> "Network":
+        encoder = fit_backbone(backbone, image_size=image_size).encoder
         with torch.device("meta"):
-            encoder = timm.create_model(backbone, num_classes=0)
             layers = 3 if "patch_embed" in dict(encoder.named_children()) else 2
             target = nn.Sequential(encoder, mlp(encoder_width(encoder), 4096, 256, layers))
             online = nn.Sequential(target, mlp(256, 4096, 256))

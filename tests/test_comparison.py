@@ -62,6 +62,7 @@ def test_every_encoder_meets_every_share_of_the_labels_frozen_and_fine_tuned(fin
     with open(folder / "results.csv", newline="") as file:
         assert [float(row["top1"]) for row in csv.DictReader(file)] == [row["top1"] for row in rows]
     text = (folder / "conclusion.md").read_text()
+    assert "residual branches start at 0 (--zero_init_last)" in text and rows[0]["zero_init_last"] is True
     assert conclusion(rows) in text and results_table(rows) in text
     assert {"bars.png", "label_efficiency.png"} <= {file.name for file in folder.iterdir()}
 
@@ -183,7 +184,8 @@ def rows_of(random, byol, mode, seeds=(0, 1)):
 
 def test_the_conclusion_is_three_sentences_computed_from_the_figures():
     rows = rows_of((60, 80), (72, 83), "frozen") + rows_of((50, 90), (70, 89.9), "fine-tuned")
-    rows += [row("byol", 0.1, "frozen", 1.0, 0.81), row("byol", 0.1, "fine-tuned", 1.0, 0.895)]
+    for share, accuracy in ((0.5, 0.82), (0.1, 0.81), (0.8, 0.83)):
+        rows += [row("byol", share, mode, 1.0, accuracy) for mode in ("frozen", "fine-tuned")]
     assert conclusion(rows) == (
         "With the encoder frozen, BYOL is better than random weights with 1 % (+12.0 points) and 100 % (+3.0 points) "
         "of the labels. "
@@ -215,6 +217,22 @@ def test_seeds_that_disagree_make_a_difference_unmeasurable():
     wild = [{**r, "top1": r["top1"] + (0.2 if r["seed"] and r["start"] == "byol" else 0)} for r in calm]
     assert "no measurable difference" not in conclusion(calm)
     assert "makes no measurable difference with 1 % " in conclusion(wild)
+
+
+def test_a_difference_is_as_clear_as_students_interval_over_the_pairs_of_seeds_says():
+    def said(differences, test_images=10**9):
+        rows = [
+            row(start, images, mode, 1.0, (50 + offset + seed + (start == "byol") * difference) / 100, seed)
+            for seed, difference in enumerate(differences)
+            for start, images, offset in (("random", 0.0, 0), ("byol", 1.0, 0))
+            for mode in ("frozen", "fine-tuned")
+        ]
+        return conclusion([{**r, "test_images": test_images} for r in rows])
+
+    # 12.7 standard errors of two pairs, 4.3 of three; what both encoders of a pair share does not count.
+    assert "no measurable" in said((1, 1.18)) and "is better" in said((1, 1.16))
+    assert "no measurable" in said((1, 2, 3.1)) and "is better" in said((2, 3, 4))
+    assert "no measurable" in said((20,)) and "is better" in said((5, 5)) and "no measurable" in said((5, 5), 300)
 
 
 def test_the_table_shows_means_and_deviations():

@@ -11,7 +11,6 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
-from torch import nn
 
 from byol_timm import evaluation
 from byol_timm.augment import EvaluationTransform
@@ -21,7 +20,6 @@ from byol_timm.errors import ByolTimmError
 from byol_timm.evaluation import (
     CROP_AND_FLIP,
     PROTOCOLS,
-    OnlineProbe,
     Preparation,
     Protocol,
     classification_metrics,
@@ -32,7 +30,6 @@ from byol_timm.evaluation import (
     knn,
     knn_scores,
     label_subset,
-    logistic_regression,
     nearest_neighbours,
     open_evaluation,
     train_classifier,
@@ -343,7 +340,7 @@ def test_logistic_regression_is_that_of_scikit_learn(classes):
     chosen = LABELS < classes
     features, labels = FEATURES[chosen], LABELS[chosen]
     direct = LogisticRegression(C=1 / 0.5, max_iter=1000).fit(features.double().numpy(), labels.numpy())
-    head, record = logistic_regression(features, labels, l2=[0.5])
+    head, record = fit_linear(features, labels, protocol=Protocol(frozen=True, l2=(0.5,)))
     assert record == {"chosen": {"l2": 0.5}, "trials": []}
     with torch.no_grad():
         shares = head(features.double()).softmax(1)
@@ -353,7 +350,7 @@ def test_logistic_regression_is_that_of_scikit_learn(classes):
 def test_logistic_regression_chooses_on_held_out_images_and_fits_on_all():
     grid = (1e-3, 1.0, 1e5)
     features, labels = FEATURES[:600], LABELS[:600]
-    head, record = logistic_regression(features, labels, l2=grid, seed=1)
+    head, record = fit_linear(features, labels, protocol=Protocol(frozen=True, l2=grid), seed=1)
     held_out = label_subset(labels, 0.2, seed=1)
     rest = np.setdiff1d(np.arange(600), held_out)
     by_hand = []
@@ -470,7 +467,6 @@ def test_training_leaves_the_random_numbers_of_the_caller_alone(encoder, splits)
     expected = torch.rand(3)
     torch.manual_seed(5)
     fit_linear(FEATURES[:100], LABELS[:100])
-    OnlineProbe(8, 3)
     assert torch.equal(torch.rand(3), expected)
 
 
@@ -566,31 +562,3 @@ def test_images_that_nothing_can_be_learned_from_are_an_error_in_one_line(encode
         train(train=dataclasses.replace(splits.train, labels=np.full(120, -1)))
     with pytest.raises(ByolTimmError, match=r"are of one class \(2\)"):
         train(train=splits.train.subset(np.flatnonzero(splits.train.labels == 2)))
-
-
-# Online
-
-
-def test_the_online_probe_learns_and_gives_no_gradient():
-    probe = OnlineProbe(64, 10)
-    optimizer = torch.optim.SGD(probe.parameters(), lr=0.01, momentum=0.9)
-    features = (FEATURES / 16).requires_grad_()
-    first = probe(features, LABELS)
-    assert first["loss"].item() == pytest.approx(math.log(10))
-    for _ in range(100):
-        optimizer.zero_grad()
-        probe(features, LABELS)["loss"].backward()
-        optimizer.step()
-    assert features.grad is None
-    assert probe(features, LABELS)["accuracy"] > 0.8
-
-
-def test_the_online_probe_overlooks_unlabelled_images():
-    probe = OnlineProbe(64, 10)
-    nn.init.normal_(probe.classifier.weight)
-    labels = LABELS[:20].clone()
-    labels[10:] = -1
-    partly, only = probe(FEATURES[:20], labels), probe(FEATURES[:10], LABELS[:10])
-    torch.testing.assert_close(partly["loss"], only["loss"])
-    assert partly["accuracy"] == only["accuracy"]
-    assert probe(FEATURES[:5], torch.full((5,), -1))["loss"] == 0

@@ -803,7 +803,7 @@ def test_images_of_a_data_set_on_the_hub_come_by_its_id_and_nothing_stands_in_fo
     """
     name, note, train, test, pixels = client.run(code, name="tester/scans", split="train")
     assert name == "tester/scans"
-    assert "40 images of tester/scans, split train" in note and "evaluation on split test (20 images)" in note
+    assert "split train, 10 classes" in note and "evaluation on split test (20 images)" in note
     assert (train, test) == (DIGITS.target[:40].tolist(), DIGITS.target[40:60].tolist())
     assert pixels == (DIGITS.images[0] * 15).astype(int).tolist()
     for name, split, texts in (

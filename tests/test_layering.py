@@ -36,6 +36,7 @@ OWNERS = {
     "matplotlib": {"report"},
     "psutil": {"launch"},
     "sklearn": {"benchmark", "evaluation", "report"},
+    "scipy": {"comparison"},
     "tyro": {"config"},
     "yaml": {"config", "card", "report"},
 }

@@ -46,6 +46,17 @@ def test_the_probe_does_not_learn_from_images_that_stand_in_for_bad_ones(splits)
     assert all(parameter.any() for parameter in probe.classifier.parameters())
 
 
+def test_the_probe_gives_no_gradient_and_overlooks_unlabelled_images(splits):
+    probe, (ordinals,) = LinearProbe(64, splits.train, CPU), batches(1, splits.train)
+    features = features_of(ordinals, splits.train).requires_grad_()
+    probe.learn(features, ordinals)
+    assert features.grad is None
+    labels = torch.tensor(splits.train.labels[ordinals % len(splits.train)])
+    partly = torch.cat([labels[:32], torch.full((32,), -1)])
+    assert probe.accuracy(features, partly) == probe.accuracy(features[:32], labels[:32]) > 0
+    assert probe.accuracy(features, torch.full((64,), -1)) == 0
+
+
 def test_a_restored_probe_goes_on_to_the_same_bits(splits):
     whole, before, after = (LinearProbe(64, splits.train, CPU) for _ in range(3))
     for probe, count in ((whole, 20), (before, 12)):

@@ -241,10 +241,10 @@ def test_images_without_labels_train_and_say_so(tmp_path, caplog):
     assert "no labels" in caplog.text
     for line in (
         r"device +.+, 1 process, float32",
-        r"images +40 of \S+/images; .*unlabelled",
+        r"images +40 of \S+/images, unlabelled: no evaluation",
         r"encoder +test_resnet, 0\.4 M parameters, width 96, images 1 x 32 x 32",
         r"views +small, .*; without saturation, hue, grayscale, which need RGB",
-        r"batch +8 = 8 x 1 process; 1 epochs of 5 steps, 5 steps",
+        r"batch +8 = 8 x 1 process; 1 epoch of 5 steps, 5 steps",
         r"optimizer +lars, lr 0\.03125 \(1 per 256 images\), weight decay 1e-06, .* tau from 0\.99",
         r"folder +\S+/run",
     ):

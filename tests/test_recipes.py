@@ -5,11 +5,16 @@ import json
 import os
 import re
 import runpy
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
+import timm
+import torch
 from PIL import Image
 
 from byol_timm import PretrainConfig
@@ -17,7 +22,8 @@ from byol_timm.errors import ByolTimmError
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-RECIPES = sorted(path.name for path in (ROOT / "recipes").glob("*.py"))
+# quickstart.py has no command line.
+RECIPES = sorted({path.name for path in (ROOT / "recipes").glob("*.py")} - {"quickstart.py"})
 BIN = Path(sys.executable).parent
 
 
@@ -58,6 +64,16 @@ def test_help_in_a_pager_that_was_left_says_nothing():
         assert process.stderr.read() == b"" and process.wait() == 141
 
 
+@pytest.mark.slow
+def test_quickstart_is_a_notebook_cell_that_runs_twice(tmp_path):
+    cell = (ROOT / "recipes" / "quickstart.py").read_text(encoding="utf-8")
+    cell = cell.replace('"resnet18"', '"test_resnet", epochs=1, hidden_dim=32')
+    notebook = f"import sys; sys.argv = ['ipykernel_launcher.py', '-f', 'x.json']\nfor _ in range(2): exec({cell!r})"
+    result = call([sys.executable, "-c", notebook], tmp_path, OMP_NUM_THREADS="1")
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert result.stdout.count("20-NN accuracy\n") == 2 and result.stdout.count("parameters\n") == 2
+
+
 def test_evaluations_leave_figures_a_confusion_matrix_and_the_labelled_rows(tmp_path):
     encoder = ["--encoder", "test_resnet", "--image_size", "32", "--in_chans", "1", "--workers", "0"]
     for recipe, files in (("knn", set()), ("linear_probe", {"labelled.json"})):
@@ -71,6 +87,96 @@ def test_evaluations_leave_figures_a_confusion_matrix_and_the_labelled_rows(tmp_
         if recipe == "knn":
             assert figures["raw_pixels_top1"] > 0.95 and "raw pixels 9" in result.stdout
     assert len(json.loads((tmp_path / "linear_probe" / "labelled.json").read_text())) == 1438
+
+
+def typed(recipe, arguments, monkeypatch):
+    """Call the recipe's `main` in this process as if that were its command line."""
+    monkeypatch.setattr(sys, "argv", [recipe, *arguments])
+    return runpy.run_path(str(ROOT / "recipes" / recipe))["main"]()
+
+
+@pytest.mark.parametrize("recipe", ["knn.py", "linear_probe.py", "finetune.py"])
+@pytest.mark.parametrize("file", ["config.yaml", "metrics.jsonl", "checkpoints/step-1/manifest.json"])
+def test_an_evaluation_leaves_the_results_of_a_pretraining_run_alone(recipe, file, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    (run / file).parent.mkdir(parents=True)
+    for name in (file, "results.json"):
+        (run / name).write_text("{}")
+    with pytest.raises(ByolTimmError, match=r"run is a pretraining run .* such as .*/run-evaluation"):
+        typed(recipe, ["--encoder", "no_such_encoder", "--output", str(run)], monkeypatch)
+    assert (run / "results.json").read_text() == "{}"
+
+
+@pytest.mark.parametrize(
+    "recipe", ["knn.py", "linear_probe.py", "finetune.py", "scale.py", "benchmark.py", "backbones.py"]
+)
+def test_an_output_that_cannot_be_written_is_told_before_the_work(recipe, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    work = {"scale.py": ["--backbone"], "benchmark.py": ["--backbone"], "backbones.py": ["--filter"]}
+    work = [*work.get(recipe, ["--encoder"]), "no_such_backbone"]
+    with pytest.raises(ByolTimmError, match=r"cannot write to .*file.* Choose another --output"):
+        typed(recipe, [*work, "--output", str(tmp_path / "file" / "table.csv")], monkeypatch)
+
+
+@pytest.mark.parametrize(
+    ("command", "line"),
+    [
+        ("knn.py --k 0", "--k must be positive (0)"),
+        ("knn.py --k -3", "--k must be positive (-3)"),
+        ("knn.py --temperature 0", "--temperature must be positive (0.0)"),
+        ("linear_probe.py --workers -1", "--workers must not be negative (-1)"),
+        ("scale.py --backbone resnt50", "timm has no backbone 'resnt50'. Nearest names: resnet50"),
+        ("convert.py FILE out --backbone resnet18.foo", "resnet18 has no pretrained tag 'foo'. It has: "),
+        ("pretrain.py --opt adamx --backbone test_resnet", "unknown optimizer 'adamx'. Did you mean adamax?"),
+        ("pretrain.py --opt AdamW --backbone test_resnet", "unknown optimizer 'AdamW'. Did you mean adamw?"),
+        ("pretrain.py --opt lbfgs --backbone test_resnet", "unknown optimizer 'lbfgs'. Did you mean lars?"),
+        ("pretrain.py --opt adahessian --backbone test_resnet", "adahessian needs second derivatives"),
+        ("pretrain.py --opt fusedsgd --backbone test_resnet", "optimizer fusedsgd cannot be used ("),
+        ("frozen_vs_unfrozen.py --training_state x", "--training_state (x) is for a single run"),
+        ("frozen_vs_unfrozen.py --push_training_state", "--push_training_state (True) is for a single run"),
+        ("pretrain.py --workers -1", "--workers must not be negative (-1)"),
+    ],
+)
+def test_a_value_that_cannot_be_is_one_line(command, line, tmp_path, monkeypatch):
+    torch.save(timm.create_model("resnet18").state_dict(), tmp_path / "FILE")
+    monkeypatch.chdir(tmp_path)
+    recipe, *arguments = command.split()
+    with pytest.raises(ByolTimmError, match=re.escape(line)):
+        typed(recipe, arguments, monkeypatch)
+
+
+@pytest.mark.parametrize(
+    "command",
+    ["extract_features.py --encoder test_resnet --image_size 64 --part_images 1", "backbones.py --filter res*"],
+)
+def test_ctrl_c_is_one_line_and_exit_code_130(command, tmp_path):
+    recipe, *arguments = command.split()
+    process = subprocess.Popen(
+        [sys.executable, ROOT / "recipes" / recipe, *arguments],
+        cwd=tmp_path,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+    )
+    with process:
+        # At work: a file is written, a process of the pool has started.
+        while not [*tmp_path.glob("features/part-*")] and not psutil.Process(process.pid).children():
+            time.sleep(0.1)
+        time.sleep(0.5)
+        # As a terminal does, to the process and those that it has started.
+        os.killpg(process.pid, signal.SIGINT)
+        _, told = process.communicate(timeout=60)
+    # Behind the progress bar.
+    assert re.split(r"[\r\n]", told.decode().strip())[-1] == "byol_timm: error: interrupted"
+    assert "Traceback" not in told.decode() and process.returncode == 130
+
+
+def test_the_folders_of_an_output_file_are_made(tmp_path, monkeypatch):
+    typed("scale.py", ["--backbone", "test_resnet", "--output", str(tmp_path / "new" / "page.md")], monkeypatch)
+    assert "test_resnet" in (tmp_path / "new" / "page.md").read_text()
+    with pytest.raises(ByolTimmError, match="new is a folder"):
+        typed("scale.py", ["--output", str(tmp_path / "new")], monkeypatch)
 
 
 def test_features_of_unlabelled_images_are_extracted_and_kept(tmp_path):

@@ -110,7 +110,7 @@ def test_first_level_folders_are_classes(tmp_path):
     for images in (splits.train, splits.test):
         for index in range(len(images)):
             assert images.describe(index).startswith(images.class_names[images.labels[index]] + "/")
-    assert "6 of them, 10% of every class, held out" in splits.note
+    assert "6 more, 10% of every class, held out" in splits.note
 
 
 @pytest.mark.parametrize("names", [["1.png", "2.png"], ["all/1.png", "all/2.png"], ["a/1.png", "b/2.png", "3.png"]])

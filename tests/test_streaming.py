@@ -459,7 +459,7 @@ def test_settings_that_do_not_go_together_are_refused(settings, message):
 
 
 def test_a_folder_of_tars_without_streaming_names_the_flag(folders):
-    with pytest.raises(ByolTimmError, match=r"found 5 \.tar\)\. Give --streaming"):
+    with pytest.raises(ByolTimmError, match=r"found 5 \.tar\)\. Only pretraining reads tar shards, with --streaming"):
         open_dataset(folders["tar"])
 
 
