@@ -129,9 +129,9 @@ class PretrainConfig:
     output_dir: str | None = None
     """Folder of the run; None: runs/BACKBONE-DATASET."""
     save_every: int | None = None
-    """Steps between checkpoints; None: once per tenth of the run."""
+    """Steps between checkpoints; None: ten in all, or every 2,000 steps if that is more often."""
     log_every: int | None = None
-    """Steps between lines of metrics; None: fifty lines in all."""
+    """Steps between lines of metrics; None: fifty in all, or every 100 steps if that is more often."""
     knn_every: int | None = None
     """Epochs between kNN evaluations, where labels exist; None: at most ten times, and at both ends."""
     resume: bool = False

@@ -42,6 +42,13 @@ SCHEDULES = {
 }
 
 
+# Of the paper, what no setting changes.
+ALWAYS = (
+    "draws per image and per view, order of the operations; a pass per view; l2 norms in float32; target moved once a "
+    "step, parameters only; the online encoder evaluated and shipped"
+)
+
+
 def nearest_schedule(epochs: int, batch: int) -> tuple[int, int]:
     """Epochs and batch of the authors' run to compare with: the same ones, else the same epochs, else 1000 epochs."""
     return next(key for key in ((epochs, batch), (epochs, 4096), (1000, 4096)) if key in SCHEDULES)

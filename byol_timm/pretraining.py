@@ -141,7 +141,7 @@ def pretrain(config: PretrainConfig) -> nn.Module:
         probe = None
         if splits.test is not None and isinstance(splits, Splits):
             probe = LinearProbe(encoder_width(encoder), splits.train, accelerator.device)
-        optimizer = _create_optimizer(settings, byol)
+        optimizer = _create_optimizer(settings, byol, schedule.peak_lr)
         for line in banner(settings, schedule, splits, byol, accelerator, folder, frozen):
             logger.info(line)
         if tiny > MANY_TINY:
@@ -517,9 +517,9 @@ def _backbone_kwargs(config: Any) -> dict[str, Any]:
     return parse_kwargs(tuple(pair for pair in config.backbone_kwargs if pair != "auto"))
 
 
-def _create_optimizer(config: Any, byol: BYOL) -> torch.optim.Optimizer:
+def _create_optimizer(config: Any, byol: BYOL, peak_lr: float) -> torch.optim.Optimizer:
     return create_optimizer(
-        config.opt, byol, lr=0.0, weight_decay=config.weight_decay, no_weight_decay=byol.no_weight_decay()
+        config.opt, byol, lr=peak_lr, weight_decay=config.weight_decay, no_weight_decay=byol.no_weight_decay()
     )
 
 
@@ -560,7 +560,7 @@ def _rehearse(
     )
     copied = copy.deepcopy(byol)
     _lay_out(copied, config, accelerator)
-    model, optimizer = prepare(accelerator, copied, _create_optimizer(config, copied))
+    model, optimizer = prepare(accelerator, copied, _create_optimizer(config, copied, schedule.peak_lr))
     two_views = Prepare(views, accelerator.device, config.channels_last)
     seconds: list[float] = []
     count = 1

@@ -23,7 +23,7 @@ from .defaults import has_batch_norm, resolve_augmentation
 from .encoder import encoder_width
 from .errors import ByolTimmError
 from .evaluation import open_evaluation, train_classifier
-from .fidelity import Point, nearest_schedule
+from .fidelity import ALWAYS, Point, nearest_schedule
 from .metrics import write_json
 from .report import save_confusion
 from .shards import StreamSplits
@@ -147,7 +147,7 @@ def paper_lines(points: Sequence[Point], schedule: Any, epochs: int) -> list[str
         lines.append(
             f"  {verdict}  {point.name:<{width}}  {point.here}" + f" (paper: {point.paper})" * (not point.same)
         )
-    return lines
+    return [*lines, f"  always   {ALWAYS}"]
 
 
 def peak_memory(device: torch.device) -> str:
@@ -191,6 +191,7 @@ def closing(config: Any, folder: Path, record: dict[str, Any]) -> list[str]:
         "views.png": "what the networks saw",
         "embedding.png": "images on a map",
         "neighbours.png": "what the encoder finds alike",
+        "confusion.png": "what it mistakes for what",
         "report.html": "all of this on one page",
         "results.json": "all figures; metrics.jsonl, config.yaml and environment.json beside it",
         "checkpoints/": "to continue with --resume",
