@@ -56,6 +56,8 @@ class PretrainConfig:
     """Column that holds the images; None: the only one of type image."""
     label_column: str | None = None
     """Column that holds the labels, used for evaluation only; None: the only one of type class label."""
+    value_range: tuple[float, float] | None = None
+    """Values of images of 16 bits and more that become black and white; None: all that 16 bits can hold."""
     image_share: float = 1.0
     """Share of the training images to train on, drawn by the seed; a smaller share is part of a larger one."""
     workers: int | None = None

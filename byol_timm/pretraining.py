@@ -66,7 +66,7 @@ from .monitor import NEIGHBOURS, Examples, LinearProbe
 from .optim import create_optimizer, learning_rate
 from .report import save_curves, save_report, save_views
 from .shards import Stream, StreamSplits, open_stream
-from .sources import Images, Splits, fingerprint, hub_id, open_dataset
+from .sources import Images, Splits, fingerprint, hub_id, open_dataset, warn_of_few_levels
 from .streaming import StreamBatches
 from .summary import banner, closing, environment, paper_lines, rehearsal
 
@@ -336,8 +336,10 @@ def open_images(config: PretrainConfig) -> Splits:
         image_column=config.image_column,
         label_column=config.label_column,
         in_chans=config.in_chans,
+        value_range=config.value_range,
         seed=config.seed,
     )
+    warn_of_few_levels(splits.train)
     if config.image_share == 1:
         return splits
     train = splits.train.subset(share_indices(len(splits.train), config.image_share, config.seed))
@@ -485,15 +487,18 @@ def _claim(folder: Path, config: PretrainConfig, stack: contextlib.ExitStack) ->
 
 
 def _open_stream(config: PretrainConfig) -> StreamSplits:
-    return open_stream(
+    splits = open_stream(
         config.dataset,
         config=config.dataset_config,
         split=config.split,
         image_column=config.image_column,
         label_column=config.label_column,
         in_chans=config.in_chans,
+        value_range=config.value_range,
         num_images=config.num_images,
     )
+    warn_of_few_levels(splits.bank)
+    return splits
 
 
 def _backbone_kwargs(config: Any) -> dict[str, Any]:
