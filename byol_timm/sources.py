@@ -541,14 +541,17 @@ def loading(dataset: str, path: Path) -> Iterator[None]:
     """`datasets` at work in silence; whatever goes wrong is a `ByolTimmError`."""
     import datasets
 
-    try:
-        with _quiet(datasets):
-            yield
-    except Exception as error:
-        # Of many kinds: no network, no such data set, no such configuration, broken files, a full disk.
-        reason = " ".join(str(error).split()) or type(error).__name__
-        what = "cannot be loaded" if path.exists() else "is no folder here and cannot be loaded from the Hub"
-        raise ByolTimmError(f"dataset {dataset} {what} ({reason}). Check --dataset and --dataset_config") from error
+    from .network import cache_alone_without_network
+
+    with contextlib.nullcontext() if path.exists() else cache_alone_without_network() as unreachable:
+        try:
+            with _quiet(datasets):
+                yield
+        except Exception as error:
+            # Of many kinds: no network, no such data set, no such configuration, broken files, a full disk.
+            reason = unreachable or " ".join(str(error).split()) or type(error).__name__
+            what = "cannot be loaded" if path.exists() else "is no folder here and cannot be loaded from the Hub"
+            raise ByolTimmError(f"dataset {dataset} {what} ({reason}). Check --dataset and --dataset_config") from error
 
 
 @contextlib.contextmanager
