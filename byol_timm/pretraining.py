@@ -46,10 +46,17 @@ from .defaults import (
     resolve_intervals,
     resolve_training,
 )
-from .encoder import enable_grad_checkpointing, encoder_width, freeze_parts, parse_kwargs, statistics_held
+from .encoder import (
+    enable_grad_checkpointing,
+    encoder_width,
+    freeze_parts,
+    parse_kwargs,
+    small_image_kwargs,
+    statistics_held,
+)
 from .errors import ByolTimmError
 from .fidelity import points
-from .hub import check_push, fetch_training_state, load_encoder, push_encoder, save_encoder
+from .hub import check_push, fetch_encoder, fetch_training_state, load_encoder, push_encoder, save_encoder
 from .interruption import Interrupted, Interruption, agree
 from .launch import (
     average_batch_statistics,
@@ -114,6 +121,7 @@ def pretrain(config: PretrainConfig) -> nn.Module:
             if start is not None:
                 known = {name: start.state["config"][name] for name in HEADS if getattr(settings, name) is None}
                 settings = dataclasses.replace(settings, **known)
+            settings = resolve_backbone_kwargs(settings)
             encoder = initial_encoder(settings)
         forwards = accelerator.num_processes * accelerator.gradient_accumulation_steps
         settings = resolve_training(settings, encoder, len(splits.train), forwards)
@@ -138,6 +146,8 @@ def pretrain(config: PretrainConfig) -> nn.Module:
         if splits.test is not None and isinstance(splits, Splits):
             probe = LinearProbe(encoder_width(encoder), splits.train, accelerator.device)
         optimizer = _create_optimizer(settings, byol)
+        if "auto" in config.backbone_kwargs:
+            logger.info("--backbone_kwargs auto: %s", " ".join(settings.backbone_kwargs) or "nothing to add")
         for line in banner(settings, schedule, splits, byol, accelerator, folder, frozen):
             logger.info(line)
         if tiny > MANY_TINY:
@@ -344,6 +354,19 @@ def open_images(config: PretrainConfig) -> Splits:
         return splits
     train = splits.train.subset(share_indices(len(splits.train), config.image_share, config.seed))
     return Splits(train, splits.test, f"{splits.note}; {config.image_share:.3g} of the images to train on are used")
+
+
+def resolve_backbone_kwargs(config: Any) -> Any:
+    """`config`, its image size chosen, with what `auto` stands for among the arguments of the backbone."""
+    if "auto" not in config.backbone_kwargs:
+        return config
+    source, _, place = config.backbone.partition(":")
+    backbone = f"local-dir:{fetch_encoder(place)}" if source == "hf-hub" else config.backbone
+    given = tuple(pair for pair in config.backbone_kwargs if pair != "auto")
+    fitted = dict(image_size=config.image_size, in_chans=config.in_chans, **parse_kwargs(given))
+    chosen = small_image_kwargs(backbone, **fitted)
+    pairs = (*given, *(f"{name}={value}" for name, value in chosen.items()))
+    return dataclasses.replace(config, backbone_kwargs=pairs)
 
 
 def initial_encoder(config: Any) -> nn.Module:
@@ -628,6 +651,10 @@ def _resume(
     for reason in checkpoint.skipped:
         logger.warning("a damaged checkpoint is passed over: %s", reason)
     state, name = checkpoint.state, f"checkpoint {checkpoint.path.name}"
+    if "auto" in state["config"]["backbone_kwargs"]:
+        # byol_timm 0.1 did not write down what it stood for.
+        before = dataclasses.replace(config, backbone_kwargs=tuple(state["config"]["backbone_kwargs"]))
+        state["config"]["backbone_kwargs"] = list(resolve_backbone_kwargs(before).backbone_kwargs)
     compare_config(state["config"], dataclasses.asdict(config), may_change=MAY_CHANGE, checkpoint=name)
     if state["data"]["fingerprint"] != data["fingerprint"]:
         raise ByolTimmError(
