@@ -140,6 +140,8 @@ def pretrain(config: PretrainConfig) -> nn.Module:
             projection_dim=settings.projection_dim,
             num_head_layers=settings.num_head_layers,
         )
+        if settings.grad_checkpointing:
+            enable_grad_checkpointing(encoder)
         if start is not None:
             _start_from(start, settings, byol)
         probe = None
@@ -535,10 +537,8 @@ def _create_optimizer(config: Any, byol: BYOL) -> torch.optim.Optimizer:
 
 
 def _lay_out(byol: BYOL, config: Any, accelerator: Accelerator) -> None:
-    """Memory layout, recomputed activations, BatchNorm over all processes and compilation, as the settings ask."""
+    """Memory layout, BatchNorm over all processes and compilation, as the settings ask."""
     byol.to(memory_format=torch.channels_last if config.channels_last else torch.contiguous_format)
-    if config.grad_checkpointing:
-        enable_grad_checkpointing(byol.encoder)
     if accelerator.num_processes > 1 and accelerator.device.type == "cuda":
         # In place, but for a module that is itself a BatchNorm. torch's own drops the activations inside timm's layers.
         convert_sync_batchnorm(byol)
