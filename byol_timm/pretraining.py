@@ -450,8 +450,8 @@ def train_step(
             byol.update_target(target_decay)
     # Gradients of several processes lie in the buckets that travel. Let go of, they would be made anew beside them.
     optimizer.zero_grad(set_to_none=accelerator.num_processes == 1)
-    if accelerator.num_processes > 1 and accelerator.device.type == "cpu":
-        # torch has no SyncBatchNorm for CPUs, and every process must export and resume the same statistics.
+    if accelerator.num_processes > 1 and accelerator.device.type != "cuda":
+        # Where there is no SyncBatchNorm: every process must export and resume the same statistics.
         average_batch_statistics(byol)
     return {**totals, "grad_norm": norm, "representation": torch.cat(representations)}
 
