@@ -28,8 +28,7 @@ from torch import Tensor, nn
 from .augment import AUGMENTATIONS, TwoViews
 from .byol import BYOL
 from .data import Batch, TrainingBatches, copied_ahead
-from .defaults import has_convolutions
-from .encoder import create_encoder, encoder_width
+from .encoder import create_encoder, encoder_width, has_convolutions
 from .errors import ByolTimmError
 from .launch import create_accelerator, prepare
 from .optim import create_optimizer

@@ -38,7 +38,6 @@ from .decoding import BadImage
 from .defaults import (
     check,
     crop_pct,
-    has_batch_norm,
     normalization,
     output_dir,
     resolve_augmentation,
@@ -50,6 +49,7 @@ from .encoder import (
     enable_grad_checkpointing,
     encoder_width,
     freeze_parts,
+    has_batch_norm,
     parse_kwargs,
     small_image_kwargs,
     statistics_held,
