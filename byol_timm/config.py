@@ -117,7 +117,7 @@ class PretrainConfig:
     num_head_layers: int | None = None
     """Layers of the projector: 2 as in the paper, or 3; None: 3 for transformers, else 2."""
     freeze: tuple[str, ...] | None = None
-    """Parts of the encoder to leave untrained, by module name or `stem`; None: the patch embedding of transformers."""
+    """Modules or `stem` to leave as they are, BatchNorm statistics too; None: the patch embedding of transformers."""
     grad_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, slower."""
     compile: bool = False

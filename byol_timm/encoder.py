@@ -17,7 +17,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from timm.layers import PatchEmbed
-from timm.models import resolve_model_input_args
+from timm.models import group_parameters, resolve_model_input_args
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
@@ -182,8 +182,9 @@ def is_patch_transformer(encoder: nn.Module) -> bool:
 def freeze_parts(encoder: nn.Module, parts: tuple[str, ...]) -> list[str]:
     """Names of the parameters that are no longer trained: those of `parts`, such as `layer1`, `blocks.0` or `stem`.
 
-    parts: names of modules or parameters; `stem` is, where no module has that name, the layers of the block around the
-        convolution that timm says to see the pixels. Call it before `BYOL(encoder)`.
+    parts: names of modules or parameters; `stem` is, where no module has that name, what timm says it is in networks
+        with BatchNorm, and the layers around the first convolution in others. Call it before `BYOL(encoder)`.
+    BatchNorms whose parameters are frozen keep their running statistics too, and use them, while `BYOL` trains.
 
     Raises `ByolTimmError` for a part that the encoder has not, and when nothing is left to train.
     """
@@ -426,9 +427,13 @@ def _parameters_of(encoder: nn.Module, part: str) -> list[str]:
     return [name for name, _ in encoder.named_parameters() if f"{name}.".startswith(f"{part}.")]
 
 
-def _stem(encoder: nn.Module) -> list[str]:
+def _stem(encoder: Any) -> list[str]:
     """Parameters of the layers of the stem: not tokens and position embeddings, which belong to no layer."""
-    names = [name for module in _first_blocks(encoder) for name in _parameters_of(encoder, module)]
+    if has_batch_norm(encoder):
+        # timm's own notion, which leaves no BatchNorm out.
+        names = group_parameters(encoder, encoder.group_matcher())[0]
+    else:
+        names = [name for module in _first_blocks(encoder) for name in _parameters_of(encoder, module)]
     blocks = {
         name for name, module in encoder.named_modules() if any(list(child.parameters()) for child in module.children())
     }

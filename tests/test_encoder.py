@@ -280,10 +280,13 @@ def test_layers_and_not_names_tell_a_patch_transformer(name):
 @pytest.mark.parametrize(
     ("name", "stem"),
     [
-        ("test_resnet", "conv1."),
+        ("test_resnet", ("conv1.", "bn1.")),
         ("test_vit", "patch_embed."),
         ("test_convnext", "stem."),
-        ("test_efficientnet", "conv_stem."),
+        ("test_efficientnet", ("conv_stem.", "bn1.")),
+        ("densenet121", ("features.conv0.", "features.norm0.")),
+        ("inception_v3", ("Conv2d_1a_3x3.", "Conv2d_2a_3x3.", "Conv2d_2b_3x3.")),
+        ("volo_d1_224", "patch_embed."),
         ("vgg11", "features.0."),
         ("twins_svt_small", "patch_embeds.0."),
         ("naflexvit_base_patch16_gap", "embeds.proj."),
@@ -291,7 +294,7 @@ def test_layers_and_not_names_tell_a_patch_transformer(name):
         ("gemma4_vit_167m", "encoder.patch_embed.input_proj."),
     ],
 )
-def test_the_stem_is_the_block_around_the_first_convolution(name, stem):
+def test_the_stem_is_the_layers_around_the_first_convolution(name, stem):
     encoder = fit_backbone(name).encoder
     frozen = freeze_parts(encoder, ("stem",))
     assert frozen
