@@ -129,6 +129,9 @@ class TwoViews:
     The draws are a pure function of (`seed`, ordinal, view, parameter): batch, order, worker and device do not matter.
     `image_size` is the side of the views or (height, width); `mean` and `std` (of pixels in 0..1) have one entry per
     channel, or one for all.
+
+    On a CPU, images above 48 pixels are resized in uint8 as PIL does, rounded between the two passes; smaller ones, and
+    all on other devices, in float32. torch.compile takes the views as they are: their numbers are drawn by numpy.
     """
 
     def __init__(
@@ -145,6 +148,7 @@ class TwoViews:
         self.seed = seed
         self.mean, self.std = tuple(mean), tuple(std)
 
+    @torch.compiler.disable
     @torch.no_grad()
     def __call__(self, images: Tensor, ordinals: Tensor, *, out: Views | None = None) -> Views:
         """View 1 and view 2 (float32 [B, C, height, width]) of uint8 images [B, C, H, W] with int64 ordinals [B].
@@ -172,6 +176,7 @@ class TwoViews:
 
         return self._views(cut, images.shape[1], ordinals, images.device, out)
 
+    @torch.compiler.disable
     @torch.no_grad()
     def cut(self, image: Tensor, ordinal: int) -> Tensor:
         """Both crops, resized and flipped (uint8 [2, C, height, width]), of one uint8 image [C, H, W], for loaders.
@@ -195,6 +200,7 @@ class TwoViews:
         times = int((box[:, 2:] // (2 * self.height, 2 * self.width)).min())
         return next(power for power in (8, 4, 2, 1) if power <= max(1, times))
 
+    @torch.compiler.disable
     @torch.no_grad()
     def finish(self, crops: Tensor, ordinals: Tensor, *, out: Views | None = None) -> Views:
         """View 1 and view 2 (float32 [B, C, height, width]) of what `cut` made, uint8 [B, 2, C, height, width]."""

@@ -28,8 +28,7 @@ from torch import Tensor, nn
 from .augment import AUGMENTATIONS, TwoViews
 from .byol import BYOL
 from .data import Batch, TrainingBatches, copied_ahead
-from .defaults import has_convolutions
-from .encoder import create_encoder, encoder_width
+from .encoder import create_encoder, encoder_width, has_convolutions
 from .errors import ByolTimmError
 from .launch import create_accelerator, prepare
 from .optim import create_optimizer
@@ -88,6 +87,10 @@ class Timing:
     rounds: int = 5
     seconds: float = 1.0
     clock: Clock = "wall"
+
+    def __post_init__(self) -> None:
+        if self.rounds < 1:
+            raise ByolTimmError(f"--rounds must be positive ({self.rounds}). Give 1 or more")
 
     def now(self) -> float:
         if torch.cuda.is_available():
@@ -198,24 +201,27 @@ def augmentation(
     if max(source) > IN_MEMORY:
         ours = dict(reversed(ours.items()))
     peers = {
-        peer: _peer_views(VIEWS[peer](size), images, batches=peer in TAKES_BATCHES) for peer in against if peer in VIEWS
+        peer: _peer_views(VIEWS[peer](size), images, device, batches=peer in TAKES_BATCHES)
+        for peer in against
+        if peer in VIEWS
     }
     title = f"two views of {size} px, from images of {source[1]}x{source[0]}"
     return Part(title, "images/s", next(iter(ours)), interleaved(ours | peers, timing))
 
 
-def _peer_views(views: Callable[[Any], Any], images: Tensor, *, batches: bool) -> Work:
+def _peer_views(views: Callable[[Any], Any], images: Tensor, device: torch.device, *, batches: bool) -> Work:
     from torchvision.transforms.v2.functional import to_pil_image
 
     pictures = [] if batches else [to_pil_image(image) for image in images]
+    on_device = images.to(device)
 
     def work() -> int:
         if batches:
-            views(images.float() / 255)
+            views(on_device.float() / 255)
         else:
             pairs = [views(picture) for picture in pictures]
             for view in zip(*pairs, strict=True):
-                torch.stack(view)
+                torch.stack(view).to(device)
         return len(images)
 
     return work
@@ -347,7 +353,7 @@ def memory(workload: Workload, *, against: Sequence[str] = (), device: torch.dev
     for name in (OURS, FLOOR, *(name for name in against if name in STEPS)):
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
             costs[name] = [pool.submit(memory_rise, name, workload, device, torch.get_num_threads()).result() / 2**30]
-    return Part(f"memory that a step takes: {workload}", "GB", OURS, costs)
+    return Part(f"memory that a step takes: {workload}", "GB", OURS, costs, "each was measured once")
 
 
 def memory_rise(name: str, workload: Workload, device: torch.device, threads: int) -> int:

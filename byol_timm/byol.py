@@ -23,7 +23,8 @@ class BYOL(nn.Module):
     num_head_layers: 2 as in the paper; 3 as MoCo v3 has for transformers.
 
     In training the target's BatchNorms use (and track) the statistics of its own batches, while everything random in
-    the target (dropout, drop path) stays off.
+    the target (dropout, drop path) stays off. A BatchNorm of the encoder that was frozen before (`requires_grad` off)
+    is in eval mode in both networks.
     """
 
     def __init__(
@@ -106,15 +107,22 @@ class BYOL(nn.Module):
 
     def train(self, mode: bool = True) -> "BYOL":
         super().train(mode)
-        for network in (self.target_encoder, self.target_projector):
-            for module in network.modules():
-                module.training = mode and isinstance(module, _BatchNorm)
+        for online, target in ((self.encoder, self.target_encoder), (self.projector, self.target_projector)):
+            for module, twin in zip(online.modules(), target.modules(), strict=True):
+                is_norm = isinstance(module, _BatchNorm)
+                module.training &= not (is_norm and _is_frozen(module))
+                twin.training = module.training and is_norm
         return self
 
     def no_weight_decay(self) -> set[str]:
         """Names of parameters that the encoder wants exempt from weight decay, such as position embeddings."""
         exempt: set[str] = getattr(self.encoder, "no_weight_decay", set)()
         return {f"encoder.{name}" for name in exempt}
+
+
+def _is_frozen(module: nn.Module) -> bool:
+    parameters = list(module.parameters())
+    return bool(parameters) and not any(parameter.requires_grad for parameter in parameters)
 
 
 def mlp(in_dim: int, hidden_dim: int, out_dim: int, num_layers: int = 2) -> nn.Sequential:

@@ -1,6 +1,7 @@
 """Decoded images in a file that is mapped into memory, for data whose decoding takes the time of training."""
 
 import contextlib
+import dataclasses
 import fcntl
 import hashlib
 import json
@@ -21,7 +22,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .data import LOAD_BYTES, BadImages, OnBadImage, in_workers, worker_count
-from .decoding import BadImage, Reduction
+from .decoding import BadImage, Reduction, ValueRange
 from .errors import ByolTimmError
 from .sources import Images, fingerprint, readable
 
@@ -71,7 +72,7 @@ def open_cache(
             ) from error
     source = _open(images, final)
     logger.info("images are read decoded from %s (%.1f GB)", final, (final / PIXELS).stat().st_size / 2**30)
-    return Images(images.name, images.channels, images.labels, images.class_names, source, np.arange(len(images)))
+    return dataclasses.replace(images, source=source, rows=np.arange(len(images)))
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ class _Decoded:
     starts: Array
     bad: dict[int, str]
 
-    def read(self, row: int, channels: int, reduction: Reduction | None = None) -> Array:
+    def read(self, row: int, channels: int, reduction: Reduction | None, value_range: ValueRange) -> Array:
         if row in self.bad:
             raise BadImage(self.bad[row])
         height, width = self.shapes[row].tolist()
@@ -98,6 +99,9 @@ class _Decoded:
 
     def side(self, row: int) -> int:
         return int(self.shapes[row].max())
+
+    def highest(self, row: int) -> int | None:
+        return None
 
     def describe(self, row: int) -> str:
         return self.originals.describe(row)

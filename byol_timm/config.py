@@ -57,6 +57,8 @@ class PretrainConfig:
     """Column that holds the images; None: the only one of type image."""
     label_column: str | None = None
     """Column that holds the labels, used for evaluation only; None: the only one of type class label."""
+    value_range: tuple[float, float] | None = None
+    """Values of images of 16 bits and more that become black and white; None: all that 16 bits can hold."""
     image_share: float = 1.0
     """Share of the training images to train on, drawn by the seed; a smaller share is part of a larger one."""
     workers: int | None = None
@@ -116,7 +118,7 @@ class PretrainConfig:
     num_head_layers: int | None = None
     """Layers of the projector: 2 as in the paper, or 3; None: 3 for transformers, else 2."""
     freeze: tuple[str, ...] | None = None
-    """Parts of the encoder to leave untrained, by module name or `stem`; None: the patch embedding of transformers."""
+    """Modules or `stem` to leave as they are, BatchNorm statistics too; None: the patch embedding of transformers."""
     grad_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, slower."""
     compile: bool = False

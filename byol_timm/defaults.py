@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from .augment import AUGMENTATIONS, Augmentation
 from .config import PretrainConfig
+from .encoder import has_batch_norm, has_convolutions, is_patch_transformer
 from .errors import ByolTimmError
 
 DIGITS = dict(epochs=14, batch_size=64, opt="lars", lr=2.5, target_decay=0.95, hidden_dim=2048, num_head_layers=3)
@@ -98,21 +98,6 @@ def normalization(encoder: Any, in_chans: int) -> tuple[tuple[float, ...], tuple
 def crop_pct(image_size: int) -> float:
     """The share of an image that evaluation looks at: all of a small one, else the paper's 224 of 256 pixels."""
     return 1.0 if image_size <= 64 else 0.875
-
-
-def has_batch_norm(encoder: nn.Module) -> bool:
-    return any(isinstance(module, _BatchNorm) for module in encoder.modules())
-
-
-def has_convolutions(encoder: nn.Module) -> bool:
-    """Whether the encoder has convolutions beyond the cutting of an image into patches."""
-    return any(isinstance(m, nn.Conv2d) and m.kernel_size != m.stride for m in encoder.modules())
-
-
-def is_patch_transformer(encoder: nn.Module) -> bool:
-    """Whether the encoder embeds patches by one linear map and has no BatchNorm: what MoCo v3's settings are for."""
-    names = {name for name, _ in encoder.named_children()}
-    return "patch_embed" in names and not has_batch_norm(encoder) and not has_convolutions(encoder)
 
 
 def check(config: PretrainConfig) -> None:

@@ -17,7 +17,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from timm.layers import PatchEmbed
-from timm.models import resolve_model_input_args
+from timm.models import group_parameters, resolve_model_input_args
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
@@ -161,11 +161,30 @@ def encoder_width(encoder: nn.Module) -> int:
     return width
 
 
+def has_batch_norm(encoder: nn.Module) -> bool:
+    return any(isinstance(module, _BatchNorm) for module in encoder.modules())
+
+
+def has_convolutions(encoder: nn.Module) -> bool:
+    """Whether the encoder has convolutions beyond the cutting of an image into patches."""
+    return any(isinstance(m, nn.Conv2d) and m.kernel_size != m.stride for m in encoder.modules())
+
+
+def is_patch_transformer(encoder: nn.Module) -> bool:
+    """Whether the encoder attends to patches, without BatchNorm and convolutions: what MoCo v3's settings are for.
+
+    The networks of SAM are none, unless they are made without the convolutions that follow their transformer.
+    """
+    attends = any("num_heads" in vars(module) for module in encoder.modules())
+    return attends and not has_batch_norm(encoder) and not has_convolutions(encoder)
+
+
 def freeze_parts(encoder: nn.Module, parts: tuple[str, ...]) -> list[str]:
     """Names of the parameters that are no longer trained: those of `parts`, such as `layer1`, `blocks.0` or `stem`.
 
-    parts: names of modules or parameters; `stem` is, where no module has that name, the block around the convolution
-        that timm says to see the pixels. Call it before `BYOL(encoder)`.
+    parts: names of modules or parameters; `stem` is, where no module has that name, what timm says it is in networks
+        with BatchNorm, and the layers around the first convolution in others. Call it before `BYOL(encoder)`.
+    BatchNorms whose parameters are frozen keep their running statistics too, and use them, while `BYOL` trains.
 
     Raises `ByolTimmError` for a part that the encoder has not, and when nothing is left to train.
     """
@@ -173,7 +192,7 @@ def freeze_parts(encoder: nn.Module, parts: tuple[str, ...]) -> list[str]:
     for part in parts:
         names = _parameters_of(encoder, part)
         if not names and part == "stem":
-            names = [name for module in _stem(encoder) for name in _parameters_of(encoder, module)]
+            names = _stem(encoder)
         if not names:
             known = [name for name, _ in encoder.named_children() if _parameters_of(encoder, name)]
             raise ByolTimmError(f"the encoder has no part {part!r} to freeze. It has: {', '.join(known)}")
@@ -409,6 +428,19 @@ def _parameters_of(encoder: nn.Module, part: str) -> list[str]:
 
 
 def _stem(encoder: Any) -> list[str]:
+    """Parameters of the layers of the stem: not tokens and position embeddings, which belong to no layer."""
+    if has_batch_norm(encoder):
+        # timm's own notion, which leaves no BatchNorm out.
+        names = group_parameters(encoder, encoder.group_matcher())[0]
+    else:
+        names = [name for module in _first_blocks(encoder) for name in _parameters_of(encoder, module)]
+    blocks = {
+        name for name, module in encoder.named_modules() if any(list(child.parameters()) for child in module.children())
+    }
+    return [name for name in names if name.rpartition(".")[0] not in blocks]
+
+
+def _first_blocks(encoder: Any) -> list[str]:
     """The outermost modules around the first convolutions that hold neither the last features nor other branches."""
     first = encoder.pretrained_cfg["first_conv"] or []
     last = encoder.feature_info[-1]["module"]

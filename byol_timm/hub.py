@@ -5,11 +5,9 @@ import dataclasses
 import hashlib
 import json
 import logging
-import queue
 import re
 import shlex
 import shutil
-import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +18,6 @@ from huggingface_hub import (
     CommitOperationAdd,
     HfApi,
     constants,
-    get_session,
     get_token,
     hf_hub_download,
 )
@@ -47,6 +44,7 @@ from .card import CARD_START, REDACTED, card_metadata, merge_cards, model_card, 
 from .checkpoint import seal
 from .encoder import create_encoder
 from .errors import ByolTimmError
+from .network import cache_alone_without_network, why_unreachable
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +59,6 @@ WITHOUT = {
     WEIGHTS: "its weights are in another, possibly unsafe, format",
     TRAINING_STATE: "it was pushed without its training state",
 }
-PROBE_SECONDS = 3.0
 
 PAPER = dict(
     paper_name="Bootstrap your own latent: A new approach to self-supervised Learning", paper_ids="arXiv:2006.07733"
@@ -195,7 +192,7 @@ def _fetch(name: str, files: Sequence[str]) -> Path:
     """The folder of the cache with these files of one commit, and nothing else that was not fetched before."""
     repo_id, _, revision = name.removeprefix("hf-hub:").partition("@")
     _check_name(repo_id)
-    unreachable = _why_unreachable()
+    unreachable = why_unreachable()
     if unreachable:
         logger.warning(f"{unreachable}; using the cached copy of {repo_id}")
     folder: Path | None = None
@@ -238,7 +235,16 @@ def load_encoder(
         config = check_encoder_folder(place)
         name = f"local-dir:{place}"
         in_chans = in_chans or (config["pretrained_cfg"].get("input_size") or (3,))[0]
-    return create_encoder(name, image_size=image_size, in_chans=in_chans or 3, **settings)
+    downloads = ":" not in name and settings.get("pretrained")
+    with cache_alone_without_network() if downloads else contextlib.nullcontext() as unreachable:
+        try:
+            return create_encoder(name, image_size=image_size, in_chans=in_chans or 3, **settings)
+        except ByolTimmError as error:
+            if unreachable and isinstance(error.__cause__, LocalEntryNotFoundError):
+                raise ByolTimmError(
+                    f"the pretrained weights of {name} are not in the cache and {unreachable}. Try again later"
+                ) from error
+            raise
 
 
 def check_push(repo_id: str, *, public: bool = False, token: str | None = None) -> str:
@@ -251,7 +257,7 @@ def check_push(repo_id: str, *, public: bool = False, token: str | None = None) 
     token = token or get_token()
     if token is None:
         raise ByolTimmError("no Hugging Face token. Run `hf auth login` or set HF_TOKEN")
-    unreachable = _why_unreachable()
+    unreachable = why_unreachable()
     if unreachable:
         raise PushError(f"{unreachable}. Push later, or train without --push_to_hub")
     api = HfApi(token=token)
@@ -505,27 +511,6 @@ def _check_name(repo_id: str) -> None:
         raise ByolTimmError(
             f"{repo_id!r} is no name of a Hub repository. Use user/name with letters, digits, '-', '_' and '.'"
         ) from None
-
-
-def _why_unreachable() -> str | None:
-    """Why the Hub cannot be reached, or None; asked once, where the client would retry for most of a minute."""
-    if constants.is_offline_mode():
-        return "HF_HUB_OFFLINE is set"
-    answers: queue.Queue[str | None] = queue.Queue()
-
-    def ask() -> None:
-        try:
-            get_session().head(constants.ENDPOINT, timeout=PROBE_SECONDS)
-            answers.put(None)
-        except (HTTPError, OSError) as error:
-            answers.put(f"{constants.ENDPOINT} cannot be reached ({one_line(error)})")
-
-    # In a thread, since the look-up of the name has no time limit of its own.
-    threading.Thread(target=ask, daemon=True).start()
-    try:
-        return answers.get(timeout=PROBE_SECONDS + 1)
-    except queue.Empty:
-        return f"{constants.ENDPOINT} does not answer"
 
 
 @contextlib.contextmanager

@@ -215,9 +215,9 @@ def check_same(accelerator: Accelerator, what: str, fault: str) -> None:
 def average_batch_statistics(module: nn.Module) -> None:
     """Give every process the mean of all processes' running statistics; every process must call it.
 
-    For CPUs, where torch has no SyncBatchNorm. One of our own would stand in for the BatchNorms of torch and of timm
-    and wait for an exchange per layer and pass (ResNet-50: 328 a step). Processes on CPUs are for trying a launch, and
-    there the statistics of each one's own batch do.
+    For devices other than CUDA's, where BatchNorms are not synchronised. One of our own would stand in for those of
+    torch and of timm and wait for an exchange per layer and pass (ResNet-50: 328 a step). Processes on CPUs are for
+    trying a launch, and there the statistics of each one's own batch do.
     """
     statistics = [
         buffer

@@ -86,7 +86,11 @@ def _taps(size: int) -> int:
     return max(3, 2 * int(size / 10 / 2) + 1)
 
 
-# One step on two views
+# One step on two views, on the device of the encoder
+
+
+def _device(encoder: nn.Module) -> torch.device:
+    return next(encoder.parameters()).device
 
 
 def lightly_step(encoder: nn.Module, width: int, hidden_dim: int, image_size: int) -> Step:
@@ -95,7 +99,9 @@ def lightly_step(encoder: nn.Module, width: int, hidden_dim: int, image_size: in
     from lightly.models.utils import deactivate_requires_grad, get_weight_decay_parameters, update_momentum
     from lightly.utils.lars import LARS
 
-    projection, prediction = BYOLProjectionHead(width, hidden_dim), BYOLPredictionHead(256, hidden_dim)
+    device = _device(encoder)
+    projection = BYOLProjectionHead(width, hidden_dim).to(device)
+    prediction = BYOLPredictionHead(256, hidden_dim).to(device)
     online = nn.Sequential(encoder, projection)
     momentum = copy.deepcopy(online)
     deactivate_requires_grad(momentum)
@@ -130,7 +136,7 @@ def byol_pytorch_step(encoder: nn.Module, width: int, hidden_dim: int, image_siz
 
     given = Given()
     # It makes its networks in a first pass.
-    given.views = list(torch.randn(2, 2, 3, image_size, image_size))
+    given.views = list(torch.randn(2, 2, 3, image_size, image_size, device=_device(encoder)))
     learner = BYOL(
         encoder,
         image_size,
@@ -164,7 +170,7 @@ def solo_learn_step(encoder: nn.Module, width: int, hidden_dim: int, image_size:
             nn.Linear(inputs, hidden_dim), nn.BatchNorm1d(hidden_dim), nn.ReLU(), nn.Linear(hidden_dim, 256)
         )
 
-    projector, predictor = head(width), head(256)
+    projector, predictor = (head(inputs).to(_device(encoder)) for inputs in (width, 256))
     pairs = [(network, copy.deepcopy(network)) for network in (encoder, projector)]
     for online, momentum in pairs:
         initialize_momentum_params(online, momentum)

@@ -39,7 +39,6 @@ from .decoding import BadImage
 from .defaults import (
     check,
     crop_pct,
-    has_batch_norm,
     normalization,
     output_dir,
     resolve_augmentation,
@@ -47,10 +46,18 @@ from .defaults import (
     resolve_intervals,
     resolve_training,
 )
-from .encoder import enable_grad_checkpointing, encoder_width, freeze_parts, parse_kwargs, statistics_held
+from .encoder import (
+    enable_grad_checkpointing,
+    encoder_width,
+    freeze_parts,
+    has_batch_norm,
+    parse_kwargs,
+    small_image_kwargs,
+    statistics_held,
+)
 from .errors import ByolTimmError
 from .fidelity import points
-from .hub import check_push, fetch_training_state, load_encoder, push_encoder, save_encoder
+from .hub import check_push, fetch_encoder, fetch_training_state, load_encoder, push_encoder, save_encoder
 from .interruption import Interrupted, Interruption, agree
 from .launch import (
     average_batch_statistics,
@@ -67,7 +74,7 @@ from .monitor import NEIGHBOURS, Examples, LinearProbe
 from .optim import create_optimizer, learning_rate
 from .report import save_curves, save_report, save_views
 from .shards import Stream, StreamSplits, open_stream
-from .sources import Images, Splits, fingerprint, hub_id, open_dataset
+from .sources import Images, Splits, fingerprint, hub_id, open_dataset, warn_of_few_levels
 from .streaming import StreamBatches
 from .summary import banner, closing, environment, paper_lines, rehearsal
 
@@ -117,6 +124,7 @@ def pretrain(config: PretrainConfig) -> nn.Module:
             if start is not None:
                 known = {name: start.state["config"][name] for name in HEADS if getattr(settings, name) is None}
                 settings = dataclasses.replace(settings, **known)
+            settings = resolve_backbone_kwargs(settings)
             encoder = initial_encoder(settings)
         forwards = accelerator.num_processes * accelerator.gradient_accumulation_steps
         settings = resolve_training(settings, encoder, len(splits.train), forwards)
@@ -136,12 +144,16 @@ def pretrain(config: PretrainConfig) -> nn.Module:
             projection_dim=settings.projection_dim,
             num_head_layers=settings.num_head_layers,
         )
+        if settings.grad_checkpointing:
+            enable_grad_checkpointing(encoder)
         if start is not None:
             _start_from(start, settings, byol)
         probe = None
         if splits.test is not None and isinstance(splits, Splits):
             probe = LinearProbe(encoder_width(encoder), splits.train, accelerator.device)
         optimizer = _create_optimizer(settings, byol, schedule.peak_lr)
+        if "auto" in config.backbone_kwargs:
+            logger.info("--backbone_kwargs auto: %s", " ".join(settings.backbone_kwargs) or "nothing to add")
         for line in banner(settings, schedule, splits, byol, accelerator, folder, frozen):
             logger.info(line)
         if tiny > MANY_TINY:
@@ -353,12 +365,27 @@ def open_images(config: PretrainConfig) -> Splits:
         image_column=config.image_column,
         label_column=config.label_column,
         in_chans=config.in_chans,
+        value_range=config.value_range,
         seed=config.seed,
     )
+    warn_of_few_levels(splits.train)
     if config.image_share == 1:
         return splits
     train = splits.train.subset(share_indices(len(splits.train), config.image_share, config.seed))
     return Splits(train, splits.test, f"{splits.note}; {config.image_share:.3g} of the images to train on are used")
+
+
+def resolve_backbone_kwargs(config: Any) -> Any:
+    """`config`, its image size chosen, with what `auto` stands for among the arguments of the backbone."""
+    if "auto" not in config.backbone_kwargs:
+        return config
+    source, _, place = config.backbone.partition(":")
+    backbone = f"local-dir:{fetch_encoder(place)}" if source == "hf-hub" else config.backbone
+    given = tuple(pair for pair in config.backbone_kwargs if pair != "auto")
+    fitted = dict(image_size=config.image_size, in_chans=config.in_chans, **parse_kwargs(given))
+    chosen = small_image_kwargs(backbone, **fitted)
+    pairs = (*given, *(f"{name}={value}" for name, value in chosen.items()))
+    return dataclasses.replace(config, backbone_kwargs=pairs)
 
 
 def initial_encoder(config: Any) -> nn.Module:
@@ -440,8 +467,8 @@ def train_step(
             byol.update_target(target_decay)
     # Gradients of several processes lie in the buckets that travel. Let go of, they would be made anew beside them.
     optimizer.zero_grad(set_to_none=accelerator.num_processes == 1)
-    if accelerator.num_processes > 1 and accelerator.device.type == "cpu":
-        # torch has no SyncBatchNorm for CPUs, and every process must export and resume the same statistics.
+    if accelerator.num_processes > 1 and accelerator.device.type != "cuda":
+        # Where there is no SyncBatchNorm: every process must export and resume the same statistics.
         average_batch_statistics(byol)
     return {**totals, "grad_norm": norm, "representation": torch.cat(representations)}
 
@@ -502,15 +529,18 @@ def _claim(folder: Path, config: PretrainConfig, stack: contextlib.ExitStack) ->
 
 
 def _open_stream(config: PretrainConfig) -> StreamSplits:
-    return open_stream(
+    splits = open_stream(
         config.dataset,
         config=config.dataset_config,
         split=config.split,
         image_column=config.image_column,
         label_column=config.label_column,
         in_chans=config.in_chans,
+        value_range=config.value_range,
         num_images=config.num_images,
     )
+    warn_of_few_levels(splits.bank)
+    return splits
 
 
 def _backbone_kwargs(config: Any) -> dict[str, Any]:
@@ -524,10 +554,8 @@ def _create_optimizer(config: Any, byol: BYOL, peak_lr: float) -> torch.optim.Op
 
 
 def _lay_out(byol: BYOL, config: Any, accelerator: Accelerator) -> None:
-    """Memory layout, recomputed activations, BatchNorm over all processes and compilation, as the settings ask."""
+    """Memory layout, BatchNorm over all processes and compilation, as the settings ask."""
     byol.to(memory_format=torch.channels_last if config.channels_last else torch.contiguous_format)
-    if config.grad_checkpointing:
-        enable_grad_checkpointing(byol.encoder)
     if accelerator.num_processes > 1 and accelerator.device.type == "cuda":
         # In place, but for a module that is itself a BatchNorm. torch's own drops the activations inside timm's layers.
         convert_sync_batchnorm(byol)
@@ -640,6 +668,10 @@ def _resume(
     for reason in checkpoint.skipped:
         logger.warning("a damaged checkpoint is passed over: %s", reason)
     state, name = checkpoint.state, f"checkpoint {checkpoint.path.name}"
+    if "auto" in state["config"]["backbone_kwargs"]:
+        # byol_timm 0.1 did not write down what it stood for.
+        before = dataclasses.replace(config, backbone_kwargs=tuple(state["config"]["backbone_kwargs"]))
+        state["config"]["backbone_kwargs"] = list(resolve_backbone_kwargs(before).backbone_kwargs)
     compare_config(state["config"], dataclasses.asdict(config), may_change=MAY_CHANGE, checkpoint=name)
     if state["data"]["fingerprint"] != data["fingerprint"]:
         raise ByolTimmError(

@@ -14,12 +14,13 @@ import fsspec
 import numpy as np
 from numpy.typing import NDArray
 
-from .decoding import BadImage, Reduction, decode, longer_side
+from .decoding import BadImage, Reduction, ValueRange, decode, highest_value, longer_side
 from .errors import ByolTimmError
 from .sources import (
     HUB_ID,
     TEST_NAMES,
     Images,
+    check_value_range,
     choose_columns,
     loading,
     name_classes,
@@ -65,6 +66,7 @@ class Stream:
     column: str
     first: Array = field(repr=False)
     size: int
+    value_range: ValueRange = None
 
     def __len__(self) -> int:
         return self.size
@@ -121,6 +123,7 @@ def open_stream(
     image_column: str | None = None,
     label_column: str | None = None,
     in_chans: int = 3,
+    value_range: ValueRange = None,
     num_images: int | None = None,
 ) -> StreamSplits:
     """The images of parquet, arrow or webdataset (tar) shards: a file, a folder of them, or a Hub dataset id.
@@ -132,6 +135,7 @@ def open_stream(
     import datasets
 
     path = Path(dataset).expanduser()
+    check_value_range(dataset, value_range)
     _check(dataset, path, config)
     builder, tables = _open(dataset, path, config)
     name = train_split(tables, dataset, split)
@@ -163,7 +167,7 @@ def open_stream(
         first = np.bincount([head.shard for head in held_out], minlength=len(shards))
     bank = [head for head in heads if head.row >= first[head.shard]]
 
-    train = Stream(dataset, in_chans, shards, images, first, total - int(first.sum()))
+    train = Stream(dataset, in_chans, shards, images, first, total - int(first.sum()), value_range)
     sample, test_sample = _Sample(shards, images, bank), _Sample(test_shards, images, held_out)
     note = f"streamed from {len(shards):,} shards"
     if labels is None:
@@ -359,9 +363,9 @@ def _content(cell: Any) -> bytes | None:
     return cell["bytes"] if isinstance(cell, dict) else cell
 
 
-def decode_content(content: bytes | None, channels: int, reduction: Reduction | None = None) -> Array:
+def decode_content(content: bytes | None, channels: int, reduction: Reduction | None, value_range: ValueRange) -> Array:
     """The image in a row, uint8 [channels, H, W], as `decoding.decode`; raises `BadImage`."""
-    return decode(_open_content(content), channels, reduction)
+    return decode(_open_content(content), channels, reduction, value_range)
 
 
 def _open_content(content: bytes | None) -> io.BytesIO:
@@ -406,13 +410,17 @@ class _Sample:
         if classes is not None and any(classes):
             labels = np.array([class_names.index(name) if name is not None else -1 for name in classes])
         rows = np.arange(len(self.places))
-        return Images(train.name, train.channels, labels, class_names if labels is not None else (), self, rows)
+        class_names = class_names if labels is not None else ()
+        return Images(train.name, train.channels, labels, class_names, self, rows, train.value_range)
 
-    def read(self, row: int, channels: int, reduction: Reduction | None = None) -> Array:
-        return decode_content(self._find(row), channels, reduction)
+    def read(self, row: int, channels: int, reduction: Reduction | None, value_range: ValueRange) -> Array:
+        return decode_content(self._find(row), channels, reduction, value_range)
 
     def side(self, row: int) -> int:
         return longer_side(_open_content(self._find(row)))
+
+    def highest(self, row: int) -> int | None:
+        return highest_value(_open_content(self._find(row)))
 
     def describe(self, row: int) -> str:
         return self.shards.describe(*self.places[row].tolist())

@@ -5,12 +5,13 @@ import hashlib
 import importlib.util
 import io
 import logging
+import math
 import os
 import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, Protocol, TypeVar
 
@@ -19,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .decoding import BadImage, Reduction, decode, from_array, longer_side
+from .decoding import BadImage, Reduction, ValueRange, decode, from_array, highest_of, highest_value, longer_side
 from .errors import ByolTimmError
 
 if TYPE_CHECKING:
@@ -33,6 +34,8 @@ T = TypeVar("T")
 
 TRAIN, TEST_NAMES = "train", ("test", "validation", "valid", "val")
 HELD_OUT, DIGITS_HELD_OUT = 0.1, 0.2
+# Of 16-bit images whose values all lie below, fewer than 64 grey levels of 256 are left.
+FEW_LEVELS = 1 << 14
 EXTENSIONS = tuple(
     ".jpg .jpeg .jpe .jfif .png .webp .bmp .dib .tif .tiff .gif .ppm .pgm .pbm .pnm .jp2 .j2k .avif .npy".split()
 )
@@ -55,10 +58,11 @@ class Splits:
 
 
 class _Source(Protocol):
-    """Where images lie. `read` (uint8 [channels, H, W], as `decoding.decode`) and `side` raise `BadImage`."""
+    """Where images lie. `read` (uint8 [channels, H, W]), `side` and `highest`, as in `decoding`, raise `BadImage`."""
 
-    def read(self, row: int, channels: int, reduction: Reduction | None = None) -> Array: ...
+    def read(self, row: int, channels: int, reduction: Reduction | None, value_range: ValueRange) -> Array: ...
     def side(self, row: int) -> int: ...
+    def highest(self, row: int) -> int | None: ...
     def describe(self, row: int) -> str: ...
     def identity(self, rows: Array) -> Iterable[bytes]: ...
 
@@ -73,6 +77,7 @@ class Images:
     class_names: tuple[str, ...]
     source: _Source = field(repr=False)
     rows: Array = field(repr=False)
+    value_range: ValueRange = None
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -82,7 +87,8 @@ class Images:
 
         With a reduction, JPEG files are decoded so many times smaller as it allows.
         """
-        return torch.from_numpy(self.source.read(int(self.rows[index]), self.channels, reduction))
+        pixels = self.source.read(int(self.rows[index]), self.channels, reduction, self.value_range)
+        return torch.from_numpy(pixels)
 
     def describe(self, index: int) -> str:
         """A name by which a user finds the image: its file, or its row."""
@@ -92,7 +98,7 @@ class Images:
         """These images in this order."""
         indices = np.asarray(indices, dtype=np.int64)
         labels = None if self.labels is None else self.labels[indices]
-        return Images(self.name, self.channels, labels, self.class_names, self.source, self.rows[indices])
+        return replace(self, labels=labels, rows=self.rows[indices])
 
     def identity(self) -> Iterable[bytes]:
         """What tells these images from others."""
@@ -106,6 +112,11 @@ class Images:
         """The share of images, 0 to 1, whose longer side has fewer pixels; asked of a hundred of them."""
         return float(np.mean(np.array(self._sides(100)) < side))
 
+    def highest(self) -> int | None:
+        """The highest value of a few 16-bit images, None where they have other values."""
+        found = list(readable(self, 9, lambda index: self.source.highest(int(self.rows[index]))))
+        return max((value for value in found if value is not None), default=None)
+
     def _sides(self, count: int) -> list[int]:
         return list(readable(self, count, lambda index: self.source.side(int(self.rows[index]))))
 
@@ -118,6 +129,7 @@ def open_dataset(
     image_column: str | None = None,
     label_column: str | None = None,
     in_chans: int = 3,
+    value_range: ValueRange = None,
     seed: int = 0,
     hold_out: bool = True,
 ) -> Splits:
@@ -126,9 +138,10 @@ def open_dataset(
     `digits` are scikit-learn's 1,797 scans. The classes of a folder are its first-level folders, its splits folders
     `train` and `test` (or `validation`, `valid`, `val`). Without a labelled test split, a tenth of every class is held
     out by `seed`; without labels nothing is, nor with `hold_out` False, which takes no other split to test on either.
-    `in_chans` is 1 (grey), 3 (RGB), 4 (RGBA), or as many channels as TIFF stacks and arrays have. Raises
-    `ByolTimmError`.
+    `in_chans` is 1 (grey), 3 (RGB), 4 (RGBA), or as many channels as TIFF stacks and arrays have. `value_range` is what
+    becomes black and white of images of more than 8 bits. Raises `ByolTimmError`.
     """
+    check_value_range(dataset, value_range)
     path = Path(dataset).expanduser()
     files = scan(path) if path.is_dir() and dataset != "digits" else None
     held_out = HELD_OUT
@@ -149,7 +162,32 @@ def open_dataset(
         parts = _columns(_load_tables(dataset, path, config), dataset, image_column, label_column)
     else:
         raise ByolTimmError(f"data folder {dataset} does not exist. Check --dataset")
-    return _choose(parts, dataset, split, in_chans, seed, held_out if hold_out else None)
+    splits = _choose(parts, dataset, split, in_chans, seed, held_out if hold_out else None)
+    test = replace(splits.test, value_range=value_range) if splits.test else None
+    return Splits(replace(splits.train, value_range=value_range), test, splits.note)
+
+
+def check_value_range(dataset: str, value_range: ValueRange) -> None:
+    if value_range is None:
+        return
+    low, high = value_range
+    if not 0 < high - low < math.inf:
+        raise ByolTimmError(f"--value_range takes what becomes black and what becomes white ({low:g} {high:g})")
+    if dataset == "digits":
+        raise ByolTimmError(f"--value_range ({low:g} {high:g}) is for more than 8 bits, digits have 4. Leave it out")
+
+
+def warn_of_few_levels(images: Images) -> None:
+    """Say that 16-bit images use little of their range, where `value_range` leaves them all of it."""
+    if images.value_range is None and (highest := images.highest()) is not None and highest < FEW_LEVELS:
+        logger.warning(
+            "16-bit images of %s reach %d of 65535: %d of 256 grey levels are left. Give the range that they use, as "
+            "in --value_range 0 %d",
+            images.name,
+            highest,
+            round(highest / 257) + 1,
+            2 ** highest.bit_length() - 1,
+        )
 
 
 def hub_id(dataset: str) -> str | None:
@@ -163,6 +201,8 @@ class Identified(Protocol):
 
     @property
     def channels(self) -> int: ...
+    @property
+    def value_range(self) -> ValueRange: ...
     def __len__(self) -> int: ...
     def identity(self) -> Iterable[bytes]: ...
 
@@ -170,6 +210,8 @@ class Identified(Protocol):
 def fingerprint(images: Identified) -> str:
     """A hash of which images these are: names and sizes, content where that is cheap, number and channels."""
     digest = hashlib.sha256(f"{len(images)} {images.channels}".encode())
+    if images.value_range is not None:
+        digest.update("{:g} {:g}".format(*images.value_range).encode())
     for part in images.identity():
         digest.update(part)
     return digest.hexdigest()
@@ -205,11 +247,14 @@ class _Pixels:
 
     pixels: Array
 
-    def read(self, row: int, channels: int, reduction: Reduction | None = None) -> Array:
+    def read(self, row: int, channels: int, reduction: Reduction | None, value_range: ValueRange) -> Array:
         return self.pixels[row][None].repeat(channels, axis=0)
 
     def side(self, row: int) -> int:
         return max(self.pixels.shape[1:])
+
+    def highest(self, row: int) -> int | None:
+        return None
 
     def describe(self, row: int) -> str:
         return f"image {row}"
@@ -225,13 +270,17 @@ class _Files:
     folder: Path
     names: tuple[str, ...]
 
-    def read(self, row: int, channels: int, reduction: Reduction | None = None) -> Array:
+    def read(self, row: int, channels: int, reduction: Reduction | None, value_range: ValueRange) -> Array:
         with self._open(row) as file:
-            return decode(file, channels, reduction)
+            return decode(file, channels, reduction, value_range)
 
     def side(self, row: int) -> int:
         with self._open(row) as file:
             return longer_side(file)
+
+    def highest(self, row: int) -> int | None:
+        with self._open(row) as file:
+            return highest_value(file)
 
     def describe(self, row: int) -> str:
         return printable(self.names[row])
@@ -265,13 +314,19 @@ class _Rows:
         # Memory-mapped tables travel to workers by path, their cells would as bytes.
         return self.__dict__ | {"_cells": None}
 
-    def read(self, row: int, channels: int, reduction: Reduction | None = None) -> Array:
+    def read(self, row: int, channels: int, reduction: Reduction | None, value_range: ValueRange) -> Array:
         cell = self._cell(row)
-        return decode(io.BytesIO(cell), channels, reduction) if isinstance(cell, bytes) else from_array(cell, channels)
+        if isinstance(cell, bytes):
+            return decode(io.BytesIO(cell), channels, reduction, value_range)
+        return from_array(cell, channels, value_range)
 
     def side(self, row: int) -> int:
         cell = self._cell(row)
         return longer_side(io.BytesIO(cell)) if isinstance(cell, bytes) else max(cell.shape)
+
+    def highest(self, row: int) -> int | None:
+        cell = self._cell(row)
+        return highest_value(io.BytesIO(cell)) if isinstance(cell, bytes) else highest_of(cell)
 
     def describe(self, row: int) -> str:
         return f"row {row} of {self.split}"
@@ -487,14 +542,17 @@ def loading(dataset: str, path: Path) -> Iterator[None]:
     """`datasets` at work in silence; whatever goes wrong is a `ByolTimmError`."""
     import datasets
 
-    try:
-        with _quiet(datasets):
-            yield
-    except Exception as error:
-        # Of many kinds: no network, no such data set, no such configuration, broken files, a full disk.
-        reason = " ".join(str(error).split()) or type(error).__name__
-        what = "cannot be loaded" if path.exists() else "is no folder here and cannot be loaded from the Hub"
-        raise ByolTimmError(f"dataset {dataset} {what} ({reason}). Check --dataset and --dataset_config") from error
+    from .network import cache_alone_without_network
+
+    with contextlib.nullcontext() if path.exists() else cache_alone_without_network() as unreachable:
+        try:
+            with _quiet(datasets):
+                yield
+        except Exception as error:
+            # Of many kinds: no network, no such data set, no such configuration, broken files, a full disk.
+            reason = unreachable or " ".join(str(error).split()) or type(error).__name__
+            what = "cannot be loaded" if path.exists() else "is no folder here and cannot be loaded from the Hub"
+            raise ByolTimmError(f"dataset {dataset} {what} ({reason}). Check --dataset and --dataset_config") from error
 
 
 @contextlib.contextmanager

@@ -200,7 +200,8 @@ class _CropReader:
         for ordinal, (number, content) in zip(ordinals.tolist(), rows, strict=True):
             reduction = self.reduction and partial(self.reduction, ordinal)
             try:
-                image = torch.from_numpy(decode_content(content, self.stream.channels, reduction))
+                pixels = decode_content(content, self.stream.channels, reduction, self.stream.value_range)
+                image = torch.from_numpy(pixels)
             except BadImage as reason:
                 bad[number] = f"{self.stream.describe(number)}: {reason}"
                 image = self._another(ordinal)

@@ -26,7 +26,7 @@ from byol_timm.augment import AUGMENTATIONS, TwoViews
 from byol_timm.byol import mlp, regression_loss
 from byol_timm.checkpoint import optimizer_tensors, save_checkpoint
 from byol_timm.config import output_file, parse, run
-from byol_timm.encoder import encoder_width, fit_backbone
+from byol_timm.encoder import encoder_width, fit_backbone, is_patch_transformer
 from byol_timm.errors import ByolTimmError
 from byol_timm.sources import open_dataset
 
@@ -147,7 +147,7 @@ class Network:
     def of(cls, backbone: str, image_size: int) -> "Network":
         encoder = fit_backbone(backbone, image_size=image_size).encoder
         with torch.device("meta"):
-            layers = 3 if "patch_embed" in dict(encoder.named_children()) else 2
+            layers = 3 if is_patch_transformer(encoder) else 2
             target = nn.Sequential(encoder, mlp(encoder_width(encoder), 4096, 256, layers))
             online = nn.Sequential(target, mlp(256, 4096, 256))
         kept = [kept_bytes(online, (batch, 3, image_size, image_size)) for batch in (2, 4)]

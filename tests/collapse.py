@@ -23,8 +23,8 @@ from accelerate.state import AcceleratorState
 from torch import nn
 
 from byol_timm import BYOL, ByolTimmError, PretrainConfig, pretrain, pretraining
-from byol_timm.defaults import has_batch_norm, resolve_training
-from byol_timm.encoder import create_encoder
+from byol_timm.defaults import resolve_training
+from byol_timm.encoder import create_encoder, has_batch_norm
 from byol_timm.metrics import read_metrics
 
 BACKBONES = ("test_resnet", "test_efficientnet", "test_convnext", "test_vit")

@@ -46,8 +46,20 @@ def write_tar(path, files):
             tar.addfile(entry, io.BytesIO(content))
 
 
-def decode(content, channels=3):
-    return decoding.decode(io.BytesIO(content), channels)
+def decode(content, channels=3, **settings):
+    return decoding.decode(io.BytesIO(content), channels, **settings)
+
+
+def npy(array, **options):
+    file = io.BytesIO()
+    np.save(file, array, **options)
+    return file.getvalue()
+
+
+def deep(place=0):
+    """A cut of a photograph in grey, uint16, of 12 bits, all of which it uses."""
+    grey = np.asarray(photo(20, 16, place).convert("L")).astype(np.uint16)
+    return np.rint((grey - grey.min()) * (4095 / np.ptp(grey))).astype(np.uint16)
 
 
 def digits_table(count=200, labels=None, **features):

@@ -46,6 +46,18 @@ def draw_changes(augmentation, ordinals=MANY, seed=0):
     return augment.draw_changes(augmentation, augment._uniforms(seed, ordinals, augment.CHANGE_DRAWS))
 
 
+def test_a_compiled_function_makes_the_same_views():
+    views = TwoViews(AUGMENTATIONS["paper"], 32, **RAW)
+    images, ordinals = photos(4, 40), torch.arange(4)
+
+    def both(images, ordinals):
+        crops = torch.stack([views.cut(image, n) for n, image in enumerate(images)])
+        return *(view * 2 for view in views(images, ordinals)), *views.finish(crops, ordinals)
+
+    compiled = torch.compile(both, backend="eager")(images, ordinals)
+    assert all(torch.equal(*pair) for pair in zip(compiled, both(images, ordinals), strict=True))
+
+
 GOLDEN_JITTERS = {
     "brightness_add": (augment.shift_brightness, (-0.4, 0.15, 0.4)),
     "contrast": (augment.contrast_by_channel, (0.6, 1.0, 1.4)),

@@ -9,6 +9,9 @@ import pytest
 import torch
 
 from byol_timm.benchmark import Part, Timing, interleaved, photographs
+from byol_timm.encoder import create_encoder, encoder_width
+from byol_timm.errors import ByolTimmError
+from byol_timm.peers import MODULES, STEPS
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "benchmark.py"
 
@@ -22,6 +25,23 @@ def test_candidates_take_turns_and_all_get_a_call_that_is_not_measured():
     costs = interleaved({name: candidate(name) for name in "ab"}, Timing(rounds=3, seconds=0))
     assert calls == list("ab") * 4
     assert {name: len(cost) for name, cost in costs.items()} == {"a": 3, "b": 3}
+
+
+def test_no_rounds_are_refused():
+    with pytest.raises(ByolTimmError, match=r"--rounds must be positive \(0\)"):
+        Timing(rounds=0)
+
+
+@pytest.mark.parametrize("peer", STEPS)
+def test_a_peer_takes_its_step_on_the_device_of_the_encoder(peer):
+    pytest.importorskip(MODULES[peer])
+    encoder = create_encoder("test_resnet", image_size=32).to("meta")
+    views = torch.empty(2, 4, 3, 32, 32, device="meta")
+    try:
+        STEPS[peer](encoder, encoder_width(encoder), 16, 32)(*views)
+    except RuntimeError as error:
+        # lightly's optimizer, after both passes, asks for numbers.
+        assert "cannot be called on meta tensors" in str(error)
 
 
 def test_a_ratio_is_the_median_of_the_rounds_ratios():

@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from byol_timm.byol import BYOL, mlp, normalize, regression_loss, target_decay
+from byol_timm.encoder import freeze_parts
 from byol_timm.errors import ByolTimmError
 from byol_timm.optim import create_optimizer
 
@@ -145,6 +146,23 @@ def test_target_keeps_its_own_batch_statistics():
         assert not torch.equal(initial[name], after_forward[name])
         assert torch.equal(byol.target_encoder.state_dict()[name], after_forward[name])
         assert not torch.equal(after_forward[name], byol.encoder.state_dict()[name])
+
+
+def test_frozen_batch_norms_stay_as_they_are_and_no_other():
+    encoder = timm.create_model("test_efficientnet", num_classes=0)
+    frozen = freeze_parts(encoder, ("stem", "blocks.1"))
+    byol = BYOL(encoder, hidden_dim=16, projection_dim=8)
+    before = copy.deepcopy(byol.state_dict())
+    byol.eval()
+    byol.train()(torch.rand(4, 3, 32, 32), torch.rand(4, 3, 32, 32))
+    for name, module in byol.named_modules():
+        if isinstance(module, _BatchNorm):
+            layer = f"{name}.weight".partition(".")[2]
+            still = "encoder" in name and layer in frozen
+            assert module.training == (not still), name
+            for statistic in ("running_mean", "running_var", "num_batches_tracked"):
+                key = f"{name}.{statistic}"
+                assert torch.equal(byol.state_dict()[key], before[key]) == still, key
 
 
 def test_views_do_not_mix_in_batch_statistics():

@@ -6,7 +6,7 @@ import zlib
 import numpy as np
 import pytest
 import torch
-from pictures import PHOTO, VIEWS, decode, encoded, photo
+from pictures import PHOTO, VIEWS, decode, encoded, npy, photo
 from PIL import Image
 
 from byol_timm import decoding
@@ -92,6 +92,51 @@ def test_16_bits_are_scaled_to_8(format, channels):
     assert pixels.min() == 0 and pixels.max() == 255 and abs(pixels.mean() - 127.5) <= 2
 
 
+@pytest.mark.parametrize("kind", ["PNG", "TIFF", "npy", "stack"])
+def test_a_value_range_spreads_what_12_bits_hold(kind):
+    values, channels = ramp(np.uint16, 4095), 2 if kind == "stack" else 1
+    image, options = Image.fromarray(values), {}
+    if kind == "stack":
+        options = dict(save_all=True, append_images=[image])
+    content = npy(values) if kind == "npy" else encoded(image, "PNG" if kind == "PNG" else "TIFF", **options)
+    assert len(np.unique(decode(content, channels))) == 17
+    spread = decode(content, channels, value_range=(0, 4095))
+    assert len(np.unique(spread)) == 64 and np.array_equal(spread[0], np.rint(values * (255 / 4095)))
+    assert np.array_equal(decode(content, channels, value_range=(0, 65535)), decode(content, channels))
+    clamped = decode(content, channels, value_range=(1000, 2000))[0]
+    assert (clamped[values < 1000] == 0).all() and (clamped[values > 2000] == 255).all()
+    assert decoding.highest_value(io.BytesIO(content)) == 4095
+
+
+def test_a_value_range_leaves_8_bits_alone():
+    for content in (encoded(photo(8, 6)), encoded(photo(8, 6), "JPEG"), npy(np.asarray(photo(8, 6)))):
+        assert np.array_equal(decode(content, value_range=(0, 4095)), decode(content))
+        assert decoding.highest_value(io.BytesIO(content)) is None
+
+
+@pytest.mark.parametrize("dtype", [np.int16, np.int32, np.float32])
+def test_a_value_range_gives_other_numbers_their_meaning(dtype):
+    values = np.array([[-2000, -1000, 0, 3000]], dtype)
+    for content in (npy(values), *([encoded(Image.fromarray(values), "TIFF")] if dtype != np.int16 else [])):
+        assert decode(content, 1, value_range=(-1000, 1000)).tolist() == [[[0, 0, 128, 255]]]
+
+
+def test_without_data_is_the_lowest_value():
+    assert decode(npy(np.array([[np.nan, 2, 1]], np.float32)), 1, value_range=(0, 2)).tolist() == [[[0, 255, 128]]]
+
+
+def test_16_bit_colours_are_bad_with_a_value_range():
+    """PIL has 8 of their bits, to which no range applies."""
+    header = b"IHDR" + struct.pack(">IIBBBBB", 4, 1, 16, 2, 0, 0, 0)
+    chunks = [header, b"IDAT" + zlib.compress(b"\0" + np.full(12, 4000, ">u2").tobytes()), b"IEND"]
+    content = b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk)) for chunk in chunks
+    )
+    assert decode(content).max() == 4000 >> 8
+    with pytest.raises(BadImage, match="16-bit colours"):
+        decode(content, value_range=(0, 4095))
+
+
 def test_big_endian_16_bits_are_scaled_too():
     values = ramp(np.uint16, 65535)
     header = struct.pack(">2sHIH", b"MM", 42, 8, 8)
@@ -159,12 +204,6 @@ def test_warnings_of_decoders_do_not_leak():
             decode(png(10_000, 10_000))
         decode(encoded(Image.new("P", (4, 4)), transparency=b"\x00"))
     assert not leaked
-
-
-def npy(array, **options):
-    file = io.BytesIO()
-    np.save(file, array, **options)
-    return file.getvalue()
 
 
 @pytest.mark.parametrize("channels", [2, 5, 13])

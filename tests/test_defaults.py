@@ -6,8 +6,6 @@ import timm
 from byol_timm.config import PretrainConfig
 from byol_timm.defaults import (
     check,
-    has_convolutions,
-    is_patch_transformer,
     normalization,
     output_dir,
     resolve_augmentation,
@@ -48,13 +46,6 @@ def test_what_the_user_asks_for_stays():
 
 def test_pretrained_patch_embeddings_are_trained_on():
     assert resolved("test_vit", pretrained=True).freeze == ()
-
-
-def test_vit_has_patches_and_a_resnet_convolutions():
-    assert is_patch_transformer(timm.create_model("test_vit"))
-    assert not is_patch_transformer(timm.create_model("test_resnet"))
-    assert has_convolutions(timm.create_model("test_resnet"))
-    assert not has_convolutions(timm.create_model("test_vit"))
 
 
 @pytest.mark.parametrize("num_images, forwards", [(20, 1), (50_000, 1), (1000, 8), (64, 2)])

@@ -21,6 +21,7 @@ from byol_timm.encoder import (
     encoder_width,
     fit_backbone,
     freeze_parts,
+    is_patch_transformer,
     parse_kwargs,
     small_image_kwargs,
     smallest_image_size,
@@ -263,21 +264,37 @@ def test_an_encoder_that_timm_cannot_pool_is_refused_with_the_name_to_use():
         create_encoder("mobilenetv5_300m_enc", image_size=64)
 
 
+PATCH_TRANSFORMERS = "test_vit swin_tiny_patch4_window7_224 crossvit_9_240 convit_tiny samvit_base_patch16_224 "
+PATCH_TRANSFORMERS += "naflexvit_base_patch16_gap qwen3_vit_88m deepseek_vit_412m gemma4_vit_167m"
+OTHERS = "test_resnet test_convnext test_nfnet mixer_s32_224 vit_tiny_r_s16_p8_224 samvit_base_patch16"
+
+
+@pytest.mark.parametrize("name", [*PATCH_TRANSFORMERS.split(), *OTHERS.split()])
+def test_layers_and_not_names_tell_a_patch_transformer(name):
+    assert is_patch_transformer(fit_backbone(name).encoder) == (name in PATCH_TRANSFORMERS.split())
+
+
 # Parts
 
 
 @pytest.mark.parametrize(
     ("name", "stem"),
     [
-        ("test_resnet", "conv1."),
+        ("test_resnet", ("conv1.", "bn1.")),
         ("test_vit", "patch_embed."),
         ("test_convnext", "stem."),
-        ("test_efficientnet", "conv_stem."),
+        ("test_efficientnet", ("conv_stem.", "bn1.")),
+        ("densenet121", ("features.conv0.", "features.norm0.")),
+        ("inception_v3", ("Conv2d_1a_3x3.", "Conv2d_2a_3x3.", "Conv2d_2b_3x3.")),
+        ("volo_d1_224", "patch_embed."),
         ("vgg11", "features.0."),
         ("twins_svt_small", "patch_embeds.0."),
+        ("naflexvit_base_patch16_gap", "embeds.proj."),
+        ("qwen3_vit_88m", "encoder.patch_embed."),
+        ("gemma4_vit_167m", "encoder.patch_embed.input_proj."),
     ],
 )
-def test_the_stem_is_the_block_around_the_first_convolution(name, stem):
+def test_the_stem_is_the_layers_around_the_first_convolution(name, stem):
     encoder = fit_backbone(name).encoder
     frozen = freeze_parts(encoder, ("stem",))
     assert frozen

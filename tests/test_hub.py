@@ -761,6 +761,31 @@ def test_without_a_network_the_message_comes_within_five_seconds(hub, client):
             assert_one_line(failed, url, "Push later", exit_code=3)
 
 
+def test_without_a_network_what_is_in_the_cache_loads_and_the_rest_is_one_line(tmp_path):
+    network = timm.create_model("test_resnet")
+    commit = tmp_path / "hub" / "models--timm--test_resnet.r160_in1k" / "snapshots" / "0123abc"
+    commit.mkdir(parents=True)
+    save_file(network.state_dict(), commit / "model.safetensors")
+    (commit.parents[1] / "refs").mkdir()
+    (commit.parents[1] / "refs" / "main").write_text(commit.name)
+    load = """
+    from byol_timm.hub import load_encoder
+    result = next(load_encoder(name, pretrained=True).parameters()).sum().item()
+    """
+    read = "from byol_timm.sources import open_dataset; open_dataset(name)"
+    stream = "from byol_timm.shards import open_stream; open_stream(name)"
+    with Client(tmp_path, "http://127.0.0.1:9") as alone:
+        assert alone.run(load, name="test_resnet") == next(network.parameters()).sum().item()
+        for code, name in (load, "test_vit"), (read, "somebody/images"), (stream, "somebody/images"):
+            start = time.monotonic()
+            with pytest.raises(Failed) as failed:
+                alone.run(code, name=name)
+            # Most of it are imports.
+            assert time.monotonic() - start < 10
+            assert_one_line(failed, name, "http://127.0.0.1:9 cannot be reached")
+        assert not alone.output
+
+
 def test_what_is_not_there_or_not_for_us_is_told_in_one_line(hub, client, tmp_path):
     hub.create("somebody/secret", private=True)
     hub.create("somebody/gated", private=False, gated=True, files={"config.json": b"{}"})

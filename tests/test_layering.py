@@ -13,7 +13,7 @@ RECIPES = PACKAGE.parent / "recipes"
 # A module may import those of the lines above its own, and nothing beside it.
 LAYERS = [
     ["errors"],
-    ["decoding"],
+    ["decoding", "network"],
     ["sources"],
     ["config", "augment", "data", "shards", "optim", "checkpoint", "metrics", "interruption", "card", "encoder",
      "launch", "peers"],
@@ -31,7 +31,7 @@ OWNERS = {
     "fsspec": {"shards"},
     "pyarrow": {"sources", "shards", "extraction"},
     "PIL": {"decoding"},
-    "huggingface_hub": {"hub", "card"},
+    "huggingface_hub": {"hub", "card", "network"},
     "joblib": {"launch"},
     "matplotlib": {"report"},
     "psutil": {"launch"},

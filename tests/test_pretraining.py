@@ -13,6 +13,7 @@ import time
 import pytest
 import timm
 import torch
+import yaml
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from PIL import Image
@@ -21,7 +22,7 @@ from sklearn.datasets import load_digits
 from torch import nn
 
 from byol_timm import BYOL, PretrainConfig, monitor, pretrain, pretraining
-from byol_timm.checkpoint import load_latest
+from byol_timm.checkpoint import load_latest, save_checkpoint
 from byol_timm.config import EvaluationConfig, parse
 from byol_timm.errors import ByolTimmError
 from byol_timm.evaluation import dataset_features, extract_features, knn, open_evaluation
@@ -161,6 +162,28 @@ def test_config_yaml_repeats_the_run(run, tmp_path):
     config = parse(PretrainConfig, ["--config", str(folder / "config.yaml"), "--output_dir", str(tmp_path / "again")])
     pretrain(config)
     assert weights(tmp_path / "again") == weights(folder)
+
+
+def test_what_auto_chose_is_told_written_down_and_the_same_when_resumed(tmp_path, caplog):
+    caplog.set_level("INFO")
+    config = quick(tmp_path / "run", backbone_kwargs=("norm_layer=batchnorm2d", "auto"))
+    pretrain(config)
+    assert "--backbone_kwargs auto: norm_layer=batchnorm2d output_stride=8" in caplog.messages
+    pairs = ["norm_layer=batchnorm2d", "output_stride=8"]
+    assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["backbone_kwargs"] == pairs
+    record = json.loads((tmp_path / "run" / "encoder" / "byol.json").read_text())
+    assert record["backbone_kwargs"] == {"norm_layer": "batchnorm2d", "output_stride": 8}
+    assert "output_stride" in (tmp_path / "run" / "encoder" / "README.md").read_text()
+    before = weights(tmp_path / "run")
+    pretrain(dataclasses.replace(config, resume=True))
+    assert weights(tmp_path / "run") == before
+    # As byol_timm 0.1 left it.
+    state = load_latest(tmp_path / "run" / "checkpoints")
+    state.state["config"]["backbone_kwargs"] = ["norm_layer=batchnorm2d", "auto"]
+    shutil.rmtree(state.path)
+    save_checkpoint(state.path.parent, state.step, state.tensors, state.state)
+    pretrain(dataclasses.replace(config, resume=True))
+    assert weights(tmp_path / "run") == before
 
 
 def test_a_run_that_goes_on_from_a_checkpoint_ends_with_the_same_bits_and_figures(run, tmp_path):
@@ -508,6 +531,7 @@ def test_a_training_state_that_does_not_fit_is_refused_in_one_line(run, tmp_path
         (dict(target_decay=1.2), r"--target_decay must lie between 0 and 1 \(1\.2\)"),
         (dict(backbone="resnet_18"), "resnet18"),
         (dict(freeze=("stm",)), "stm"),
+        (dict(backbone="dla46x_c", grad_checkpointing=True), "DLA cannot recompute activations"),
         (dict(dataset="no/such/folder"), "no/such/folder"),
     ],
 )
@@ -515,7 +539,7 @@ def test_what_cannot_be_done_is_refused_in_one_line(tmp_path, changes, message):
     with pytest.raises(ByolTimmError, match=message) as caught:
         pretrain(quick(tmp_path / "run", **changes))
     assert "\n" not in str(caught.value)
-    assert not (tmp_path / "run" / "checkpoints").exists()
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() and path.name != ".lock"]
 
 
 @pytest.mark.parametrize(

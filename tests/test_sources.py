@@ -1,3 +1,4 @@
+import math
 import os
 import subprocess
 import sys
@@ -6,7 +7,8 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from pictures import DIGITS, decode, digits_table, encoded, one_line, photo, pixels_of, write_folder
+from pictures import DIGITS, decode, deep, digits_table, encoded, npy, one_line, photo, pixels_of, write_folder
+from PIL import Image
 
 from byol_timm import sources
 from byol_timm.decoding import BadImage
@@ -312,6 +314,51 @@ def test_arrays_in_tables_are_images(tmp_path, channels):
     images = opened(table, tmp_path, in_chans=channels).train
     assert np.array_equal(torch.stack(pixels_of(images)), arrays) and images.side() == 7
     fingerprint(images)
+
+
+DEEP = {
+    "files": lambda folder: write_folder(folder, [f"{n}.png" for n in range(12)], lambda n: Image.fromarray(deep(n))),
+    "arrays": lambda folder: [(folder / f"{n}.npy").write_bytes(npy(deep(n))) for n in range(12)],
+    "table": lambda folder: datasets.Dataset.from_dict(
+        {"pixels": [deep(n) for n in range(12)]},
+        features=datasets.Features({"pixels": datasets.Array2D((16, 20), "uint16")}),
+    ).to_parquet(folder / "x.parquet"),
+}
+
+
+@pytest.mark.parametrize("kind", DEEP)
+def test_the_values_of_deep_images_have_a_range(tmp_path, kind, caplog):
+    DEEP[kind](tmp_path)
+    crushed, spread, other = (
+        open_dataset(str(tmp_path), in_chans=1, value_range=value_range).train
+        for value_range in (None, (0, 4095), (0, 8191))
+    )
+    assert len(crushed.decode(0).unique()) <= 17
+    expected = np.rint(deep() * (255 / 4095))
+    for images in (spread, spread.subset([3, 0, 1]).subset([1])):
+        assert np.array_equal(images.decode(0)[0], expected)
+    assert len({fingerprint(images) for images in (crushed, spread, other)}) == 3
+    for images in (spread, crushed):
+        sources.warn_of_few_levels(images)
+    [warning] = caplog.messages
+    assert "reach 4095 of 65535: 17 of 256 grey levels" in warning
+    assert "--value_range 0 4095" in warning and "\n" not in warning
+
+
+def test_images_that_use_their_bits_are_not_warned_of(tmp_path, caplog):
+    write_folder(tmp_path, ["8.png", "16.png"], lambda n: Image.fromarray(deep() * 16) if n else photo(20, 16))
+    sources.warn_of_few_levels(open_dataset(str(tmp_path)).train)
+    assert not caplog.messages
+
+
+@pytest.mark.parametrize(
+    ("dataset", "value_range", "message"),
+    [("digits", (0, 4095), "digits have 4"), ("x", (9, 9), r"\(9 9\)"), ("x", (0, math.nan), r"\(0 nan\)")],
+)
+def test_a_value_range_that_cannot_be_is_told(dataset, value_range, message):
+    with pytest.raises(ByolTimmError, match=message) as error:
+        open_dataset(dataset, value_range=value_range)
+    assert "--value_range" in one_line(error)
 
 
 def test_empty_cells_are_bad_images(tmp_path):

@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow.parquet
 import pytest
 import torch
-from pictures import encoded, one_line, photo, take, write_tar
+from pictures import deep, encoded, one_line, photo, take, write_tar
 from PIL import Image
 from safetensors.torch import load_file
 from streaming_memory import generate, measure
@@ -139,6 +139,21 @@ def test_reduced_decoding_reaches_the_stream(tmp_path):
         StreamBatches(stream.train, stream.bank, reduction=lambda ordinal, height, width: height // 100, **settings), 2
     )
     assert shapes == [(3, 200, 320), *[(3, 100, 160)] * 8]
+
+
+def test_a_value_range_reaches_the_stream(tmp_path):
+    write_parquet(tmp_path / "x.parquet", [encoded(Image.fromarray(deep(n))) for n in range(60)])
+    crushed, spread = (
+        open_stream(str(tmp_path), in_chans=1, value_range=value_range) for value_range in (None, (0, 4095))
+    )
+    assert fingerprint(crushed.train) != fingerprint(spread.train)
+    expected = torch.from_numpy(np.rint(deep() * (255 / 4095)))
+    assert torch.equal(spread.bank.decode(0)[0], expected.byte()) and crushed.bank.highest() is not None
+    brightest = [
+        take(batches(splits, cut=lambda image, ordinal: image[None].repeat(2, 1, 1, 1)), 1)[0].crops.max()
+        for splits in (crushed, spread)
+    ]
+    assert brightest[0] < 17 and brightest[1] > 200
 
 
 # Order

@@ -1,0 +1,53 @@
+"""Whether the Hub can be reached: asked once and briefly, where its client would try again for most of a minute."""
+
+import contextlib
+import queue
+import threading
+from collections.abc import Iterator
+
+from huggingface_hub import constants, get_session
+from huggingface_hub.errors import HTTPError
+
+PROBE_SECONDS = 3.0
+# Why addresses could not be reached when that was last asked.
+_unreached: dict[str, str] = {}
+
+
+def why_unreachable() -> str | None:
+    """Why the Hub cannot be reached, or None; known within 5 seconds."""
+    if constants.is_offline_mode():
+        return "HF_HUB_OFFLINE is set"
+    answers: queue.Queue[str | None] = queue.Queue()
+
+    def ask() -> None:
+        try:
+            get_session().head(constants.ENDPOINT, timeout=PROBE_SECONDS)
+            answers.put(None)
+        except (HTTPError, OSError) as error:
+            answers.put(f"{constants.ENDPOINT} cannot be reached ({' '.join(str(error).split())[:200]})")
+
+    # In a thread, since the look-up of the name has no time limit of its own.
+    threading.Thread(target=ask, daemon=True).start()
+    try:
+        return answers.get(timeout=PROBE_SECONDS + 1)
+    except queue.Empty:
+        return f"{constants.ENDPOINT} does not answer"
+
+
+@contextlib.contextmanager
+def cache_alone_without_network() -> Iterator[str | None]:
+    """Inside, the client of the Hub looks into its cache alone if the Hub cannot be reached; gives the reason, or None.
+
+    A Hub that could not be reached is not asked for again by this process.
+    """
+    if constants.HF_HUB_OFFLINE:
+        yield None
+        return
+    reason = _unreached.get(constants.ENDPOINT) or why_unreachable()
+    if reason is not None:
+        _unreached[constants.ENDPOINT] = reason
+        constants.HF_HUB_OFFLINE = True
+    try:
+        yield reason
+    finally:
+        constants.HF_HUB_OFFLINE = False
