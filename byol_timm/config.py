@@ -183,6 +183,8 @@ class EvaluationConfig:
     """Column that holds the images; None: the only one of type image."""
     label_column: str | None = None
     """Column that holds the labels; None: the only one of type class label."""
+    value_range: tuple[float, float] | None = None
+    """Values of images of 16 bits and more that become black and white, as in pretraining."""
     workers: int | None = None
     """Processes that decode images; None: one per core, at most 8."""
 
@@ -231,6 +233,16 @@ def presets() -> dict[str, Path]:
     if not folder.is_dir():
         folder = package.parent / "recipes" / "presets"
     return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def data_settings(config: Any) -> dict[str, Any]:
+    """The settings that say which images are meant, as `open_dataset` and `open_stream` take them."""
+    names = ("split", "image_column", "label_column", "value_range")
+    return {
+        "dataset": config.dataset,
+        "config": config.dataset_config,
+        **{name: getattr(config, name) for name in names},
+    }
 
 
 def to_yaml(config: Any) -> str:

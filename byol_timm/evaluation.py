@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from .augment import Augmentation, EvaluationTransform, TwoViews
 from .augment import normalize as normalize_pixels
 from .byol import normalize
-from .config import EvaluationConfig
+from .config import EvaluationConfig, data_settings
 from .data import TrainingBatches, epoch_order, evaluation_batches
 from .defaults import crop_pct, has_convolutions, normalization
 from .encoder import encoder_width
@@ -124,16 +124,7 @@ def open_evaluation(config: EvaluationConfig, *, labelled: bool = True) -> tuple
         config.encoder, image_size=config.image_size, in_chans=config.in_chans, pretrained=config.pretrained
     )
     channels = resolve_model_data_config(encoder)["input_size"][0]
-    splits = open_dataset(
-        config.dataset,
-        config=config.dataset_config,
-        split=config.split,
-        image_column=config.image_column,
-        label_column=config.label_column,
-        in_chans=channels,
-        seed=config.seed,
-        hold_out=labelled,
-    )
+    splits = open_dataset(**data_settings(config), in_chans=channels, seed=config.seed, hold_out=labelled)
     if labelled and splits.test is None:
         raise ByolTimmError(f"{config.dataset} has no labels to evaluate with. Name their column with --label_column")
     device = torch.device("cpu")

@@ -33,7 +33,7 @@ from .checkpoint import (
     prepare_output_dir,
     restore_optimizer,
 )
-from .config import PretrainConfig, parse, to_yaml
+from .config import PretrainConfig, data_settings, parse, to_yaml
 from .data import Batch, TrainingBatches, copied_ahead, share_indices
 from .decoding import BadImage
 from .defaults import (
@@ -358,16 +358,7 @@ def pretrain(config: PretrainConfig) -> nn.Module:
 
 def open_images(config: PretrainConfig) -> Splits:
     """The images that the settings name, of those to train on the share that they name, and those held out."""
-    splits = open_dataset(
-        config.dataset,
-        config=config.dataset_config,
-        split=config.split,
-        image_column=config.image_column,
-        label_column=config.label_column,
-        in_chans=config.in_chans,
-        value_range=config.value_range,
-        seed=config.seed,
-    )
+    splits = open_dataset(**data_settings(config), in_chans=config.in_chans, seed=config.seed)
     warn_of_few_levels(splits.train)
     if config.image_share == 1:
         return splits
@@ -529,16 +520,7 @@ def _claim(folder: Path, config: PretrainConfig, stack: contextlib.ExitStack) ->
 
 
 def _open_stream(config: PretrainConfig) -> StreamSplits:
-    splits = open_stream(
-        config.dataset,
-        config=config.dataset_config,
-        split=config.split,
-        image_column=config.image_column,
-        label_column=config.label_column,
-        in_chans=config.in_chans,
-        value_range=config.value_range,
-        num_images=config.num_images,
-    )
+    splits = open_stream(**data_settings(config), in_chans=config.in_chans, num_images=config.num_images)
     warn_of_few_levels(splits.bank)
     return splits
 

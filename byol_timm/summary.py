@@ -32,7 +32,7 @@ from .sources import Splits
 PACKAGES = ("byol_timm", "torch", "timm", "accelerate", "datasets", "huggingface_hub")
 
 # Settings of pretraining, the seed of what is held out among them, that evaluations must share to see the same images.
-DATA = ("dataset_config", "split", "image_column", "label_column", "seed")
+DATA = ("dataset_config", "split", "image_column", "label_column", "value_range", "seed")
 
 
 def environment(accelerator: Accelerator) -> dict[str, Any]:
@@ -215,7 +215,9 @@ def _next(config: Any, folder: Path, labelled: bool) -> list[list[str]]:
     for recipes in (Path("recipes"), Path(__file__).parents[1] / "recipes"):
         if (recipes / "linear_probe.py").exists():
             evaluation = "linear_probe.py" if labelled else "extract_features.py"
-            flags = [word for name, value in data.items() for word in (f"--{name}", str(value))]
+            flags: list[str] = []
+            for name, value in data.items():
+                flags += [f"--{name}", *map(str, value if isinstance(value, tuple) else [value])]
             return [
                 ["accelerate", "launch", f"{recipes}/pretrain.py", *own],
                 ["python", f"{recipes}/{evaluation}", "--encoder", encoder, *flags],
@@ -295,7 +297,7 @@ def _count(number: int, noun: str) -> str:
     return f"{number:,} {noun}" + "s" * (number != 1)
 
 
-def _quoted(value: str | int) -> str:
+def _quoted(value: Any) -> str:
     """As Python takes it, in the quotes that a shell's do not disturb."""
     return json.dumps(value, ensure_ascii=False)
 

@@ -78,6 +78,14 @@ def test_a_run_on_unlabelled_images_says_how_to_extract_features(tmp_path):
     assert "features of 40 images" in typed(tmp_path, sys.executable, *features[1:])
 
 
+def test_the_range_of_values_goes_with_the_images(tmp_path):
+    config = PretrainConfig(dataset="scans", value_range=(-1024.0, 3071.0))
+    results = {"knn_raw_pixels": 9.0, "knn_byol": 10.0, "k": 20, "protocol": "20-NN"}
+    said = "\n".join(closing(config, tmp_path, {"seconds": 1.0, "steps": 1, "results": results}))
+    _, probe, _ = following(said)
+    assert takes(probe[1], probe[2:]).value_range == (-1024.0, 3071.0)
+
+
 def test_a_run_on_streamed_images_names_no_recipe_that_would_read_all_of_them(tmp_path):
     config = PretrainConfig(dataset="shards", streaming=True, label_column="kind")
     results = {"knn_raw_pixels": 9.0, "knn_byol": 10.0, "k": 20, "protocol": "20-NN"}
