@@ -179,7 +179,7 @@ def check_value_range(dataset: str, value_range: ValueRange) -> None:
 
 def warn_of_few_levels(images: Images) -> None:
     """Say that 16-bit images use little of their range, where `value_range` leaves them all of it."""
-    if images.value_range is None and (highest := images.highest()) is not None and highest < FEW_LEVELS:
+    if images.value_range is None and (highest := images.highest()) and highest < FEW_LEVELS:
         logger.warning(
             "16-bit images of %s reach %d of 65535: %d of 256 grey levels are left. Give the range that they use, as "
             "in --value_range 0 %d",
@@ -211,7 +211,7 @@ def fingerprint(images: Identified) -> str:
     """A hash of which images these are: names and sizes, content where that is cheap, number and channels."""
     digest = hashlib.sha256(f"{len(images)} {images.channels}".encode())
     if images.value_range is not None:
-        digest.update("{:g} {:g}".format(*images.value_range).encode())
+        digest.update(" {!r} {!r}".format(*map(float, images.value_range)).encode())
     for part in images.identity():
         digest.update(part)
     return digest.hexdigest()
