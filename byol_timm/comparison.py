@@ -21,7 +21,8 @@ from torch import nn
 from .augment import EvaluationTransform
 from .checkpoint import compare_config, lock_folder, prepare_output_dir
 from .config import PretrainConfig
-from .defaults import check, crop_pct, has_convolutions, normalization, resolve_images, resolve_training
+from .defaults import check, crop_pct, normalization, resolve_images, resolve_training
+from .encoder import has_convolutions
 from .errors import ByolTimmError
 from .evaluation import (
     PROTOCOLS,

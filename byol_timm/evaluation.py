@@ -23,12 +23,12 @@ from .augment import normalize as normalize_pixels
 from .byol import normalize
 from .config import EvaluationConfig, data_settings
 from .data import TrainingBatches, epoch_order, evaluation_batches
-from .defaults import crop_pct, has_convolutions, normalization
-from .encoder import encoder_width
+from .defaults import crop_pct, normalization
+from .encoder import encoder_width, has_convolutions
 from .errors import ByolTimmError
 from .hub import load_encoder
 from .optim import learning_rate
-from .sources import Images, Splits, open_dataset
+from .sources import Images, Splits, open_dataset, warn_of_few_levels
 
 Array = NDArray[Any]
 Labels = Tensor | NDArray[np.int64]
@@ -125,6 +125,7 @@ def open_evaluation(config: EvaluationConfig, *, labelled: bool = True) -> tuple
     )
     channels = resolve_model_data_config(encoder)["input_size"][0]
     splits = open_dataset(**data_settings(config), in_chans=channels, seed=config.seed, hold_out=labelled)
+    warn_of_few_levels(splits.train)
     if labelled and splits.test is None:
         raise ByolTimmError(f"{config.dataset} has no labels to evaluate with. Name their column with --label_column")
     device = torch.device("cpu")

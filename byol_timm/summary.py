@@ -19,8 +19,8 @@ from torch import nn
 from .augment import omitted_operations
 from .byol import BYOL
 from .config import EvaluationConfig, PretrainConfig, output_folder
-from .defaults import has_batch_norm, resolve_augmentation
-from .encoder import encoder_width
+from .defaults import resolve_augmentation
+from .encoder import encoder_width, has_batch_norm
 from .errors import ByolTimmError
 from .evaluation import open_evaluation, train_classifier
 from .fidelity import ALWAYS, Point, nearest_schedule
