@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from .data import LOAD_BYTES, BadImages, OnBadImage, in_workers, worker_count
 from .decoding import BadImage, Reduction, ValueRange
-from .errors import ByolTimmError
+from .errors import ByolTimmError, one_line
 from .sources import Images, fingerprint, readable
 
 logger = logging.getLogger(__name__)
@@ -66,7 +66,7 @@ def open_cache(
                 if not final.exists():
                     _write(images, final, side, workers, BadImages(images.name, len(images), on_bad_image), poll)
         except OSError as error:
-            reason = error.strerror or " ".join(str(error).split())
+            reason = error.strerror or one_line(error)
             raise ByolTimmError(
                 f"cannot write to --decoded_cache {folder} ({reason}). Choose another folder"
             ) from error

@@ -9,11 +9,9 @@ import timm
 import yaml
 from huggingface_hub import EvalResult, ModelCardData
 
-from .errors import ByolTimmError
+from .errors import REDACTED, SECRET_VALUE, ByolTimmError, one_line
 
 SECRET_KEY = re.compile(r"token|secret|password|(^|_)key(_|$)", re.IGNORECASE)
-SECRET_VALUE = re.compile(r"hf_[A-Za-z0-9]{20,}")
-REDACTED = "[redacted]"
 
 CARD_START = "<!-- byol_timm: written anew by every push; your own text outside of these two marks stays -->"
 CARD_END = "<!-- byol_timm: end -->"
@@ -132,11 +130,6 @@ def redact(value: Any) -> Any:
         value = SECRET_VALUE.sub(REDACTED, value)
         return re.sub(r"(/home|/Users)/[^/\s]+", "~", value.replace(str(Path.home()) + "/", "~/"))
     return value
-
-
-def one_line(error: object) -> str:
-    text = " ".join(SECRET_VALUE.sub(REDACTED, str(error)).split())
-    return text[:200] or type(error).__name__
 
 
 def own_text(card: str) -> str:

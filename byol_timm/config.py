@@ -18,7 +18,7 @@ from typing import Any, Literal, TypeVar
 import yaml
 
 from . import errors
-from .errors import ByolTimmError
+from .errors import ByolTimmError, one_line
 
 Config = TypeVar("Config")
 
@@ -370,8 +370,7 @@ def _file_arguments(path: Path, names: list[str], switches: set[str]) -> list[st
     except OSError as error:
         raise ByolTimmError(f"config file {path} cannot be read ({error.strerror})") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        reason = " ".join(str(error).split())
-        raise ByolTimmError(f"config file {path} is not YAML ({reason})") from error
+        raise ByolTimmError(f"config file {path} is not YAML ({one_line(error)})") from error
     if settings is None:
         return []
     if not isinstance(settings, dict):

@@ -17,9 +17,8 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .card import one_line
 from .encoder import create_encoder
-from .errors import ByolTimmError
+from .errors import ByolTimmError, one_line
 from .hub import save_encoder
 
 logger = logging.getLogger(__name__)

@@ -11,6 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageFile, ImageOps, ImageSequence, UnidentifiedImageError
 
+from .errors import one_line
+
 Array = NDArray[Any]
 # How many times smaller (1, 2, 4 or 8) an image of so many rows and columns may be decoded.
 Reduction = Callable[[int, int], int]
@@ -67,7 +69,7 @@ def _opened(file: BinaryIO) -> Iterator[ImageFile.ImageFile | Array]:
         raise BadImage("not an image in a known format" if magic else "the file is empty") from None
     except Exception as error:
         # Decoders raise all kinds: OSError, SyntaxError, ValueError, struct.error, MemoryError, ...
-        raise BadImage(" ".join(str(error).split()) or type(error).__name__) from error
+        raise BadImage(one_line(error)) from error
 
 
 def from_array(array: Array, channels: int, value_range: ValueRange = None) -> Array:

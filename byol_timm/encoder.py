@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 
-from .errors import ByolTimmError
+from .errors import ByolTimmError, one_line
 
 logger = logging.getLogger(__name__)
 
@@ -96,7 +96,7 @@ def create_encoder(
     try:
         encoder: Any = timm.create_model(pretrained=pretrained or from_source, **arguments)
     except (RuntimeError, OSError, ValueError) as error:
-        raise ByolTimmError(f"{backbone!r} could not be loaded ({_one_line(error)})") from error
+        raise ByolTimmError(f"{backbone!r} could not be loaded ({one_line(error)})") from error
     if image_size is not None:
         encoder.pretrained_cfg = {**encoder.pretrained_cfg, "input_size": fit.input_size}
     return encoder
@@ -325,7 +325,7 @@ def _resolve(backbone: str, image_size: int | None, kwargs: dict[str, Any]) -> d
     except KeyError as error:
         raise ByolTimmError(f"{backbone!r} is no timm model (its config.json has no {error})") from error
     except (AssertionError, ValueError, OSError) as error:
-        raise ByolTimmError(f"backbone {backbone!r} cannot be used ({_one_line(error)})") from error
+        raise ByolTimmError(f"backbone {backbone!r} cannot be used ({one_line(error)})") from error
 
 
 def _run(backbone: str, arguments: dict[str, Any], image_size: int | None) -> Fit:
@@ -337,7 +337,7 @@ def _run(backbone: str, arguments: dict[str, Any], image_size: int | None) -> Fi
     except TypeError as error:
         raise ByolTimmError(_unknown_argument(backbone, arguments["model_name"], error)) from error
     except Exception as error:
-        raise _DoesNotRun(f"{backbone} cannot be built{side} ({_one_line(error)})") from error
+        raise _DoesNotRun(f"{backbone} cannot be built{side} ({one_line(error)})") from error
     _, height, width = encoder.pretrained_cfg["input_size"]
     if image_size is not None:
         height = width = image_size
@@ -347,7 +347,7 @@ def _run(backbone: str, arguments: dict[str, Any], image_size: int | None) -> Fi
             output = encoder(torch.empty(2, *input_size, device="meta"))
     except Exception as error:
         raise _DoesNotRun(
-            f"{backbone} does not run on {height}x{width} images with {input_size[0]} channels ({_one_line(error)})"
+            f"{backbone} does not run on {height}x{width} images with {input_size[0]} channels ({one_line(error)})"
         ) from error
     if not isinstance(output, Tensor) or output.shape != (2, encoder_width(encoder)):
         what = tuple(output.shape[1:]) if isinstance(output, Tensor) else type(output).__name__
@@ -372,7 +372,7 @@ def _build_on_meta(arguments: dict[str, Any]) -> Any:
 def _unknown_argument(backbone: str, architecture: str, error: TypeError) -> str:
     match = re.search(r"unexpected keyword argument '(\w+)'", str(error))
     if match is None:
-        return f"{backbone} does not take these arguments ({_one_line(error)})"
+        return f"{backbone} does not take these arguments ({one_line(error)})"
     known = list(inspect.signature(type(_build_on_meta({"model_name": architecture})).__init__).parameters)
     near = difflib.get_close_matches(match[1], known, n=1)
     return f"{backbone} takes no argument {match[1]!r}. " + (f"Did you mean {near[0]}?" if near else "Leave it out")
@@ -460,8 +460,3 @@ def _holds(encoder: nn.Module, module: str, feature: str) -> bool:
 
 def _letters_and_digits(text: str) -> str:
     return "".join(character for character in text.lower() if character.isalnum())
-
-
-def _one_line(error: Exception) -> str:
-    text = " ".join(str(error).split())
-    return text[:200] or type(error).__name__

@@ -40,10 +40,10 @@ from timm.models._pretrained import PretrainedCfg
 from timm.utils import unwrap_model
 from torch import nn
 
-from .card import CARD_START, REDACTED, card_metadata, merge_cards, model_card, one_line, own_text, redact
+from .card import CARD_START, card_metadata, merge_cards, model_card, own_text, redact
 from .checkpoint import seal
 from .encoder import create_encoder
-from .errors import ByolTimmError
+from .errors import REDACTED, ByolTimmError, one_line
 from .network import cache_alone_without_network, why_unreachable
 
 logger = logging.getLogger(__name__)

@@ -24,7 +24,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from . import errors
-from .errors import ByolTimmError
+from .errors import ByolTimmError, one_line
 
 logger = logging.getLogger(__name__)
 
@@ -191,7 +191,7 @@ def exhaustion_told(batch_size: int, image_size: int) -> Iterator[None]:
         # On a CPU the error has no type of its own.
         if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(error):
             raise
-        reason = " ".join(str(error).split())[:120]
+        reason = one_line(error)[:120]
         raise ByolTimmError(
             f"out of memory with {batch_size} images of {image_size}x{image_size} at once ({reason}). Lower "
             "--batch_size and make up for it with ACCELERATE_GRADIENT_ACCUMULATION_STEPS=N before the command, or try "
@@ -200,7 +200,7 @@ def exhaustion_told(batch_size: int, image_size: int) -> Iterator[None]:
     except (OSError, SafetensorError) as error:
         if os.strerror(errno.ENOSPC) not in str(error):
             raise
-        raise ByolTimmError(f"disk full ({' '.join(str(error).split())}). Make room and go on with --resume") from error
+        raise ByolTimmError(f"disk full ({one_line(error)}). Make room and go on with --resume") from error
 
 
 def check_same(accelerator: Accelerator, what: str, fault: str) -> None:

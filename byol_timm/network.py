@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from huggingface_hub import constants, get_session
 from huggingface_hub.errors import HTTPError
 
+from .errors import one_line
+
 PROBE_SECONDS = 3.0
 # Why addresses could not be reached when that was last asked.
 _unreached: dict[str, str] = {}
@@ -24,7 +26,7 @@ def why_unreachable() -> str | None:
             get_session().head(constants.ENDPOINT, timeout=PROBE_SECONDS)
             answers.put(None)
         except (HTTPError, OSError) as error:
-            answers.put(f"{constants.ENDPOINT} cannot be reached ({' '.join(str(error).split())[:200]})")
+            answers.put(f"{constants.ENDPOINT} cannot be reached ({one_line(error)})")
 
     # In a thread, since the look-up of the name has no time limit of its own.
     threading.Thread(target=ask, daemon=True).start()

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .errors import ByolTimmError
+from .errors import ByolTimmError, one_line
 
 Views = Callable[[Any], Any]
 Step = Callable[[Tensor, Tensor], None]
@@ -26,7 +26,7 @@ def check_peers(names: Sequence[str]) -> None:
             importlib.import_module(MODULES[name])
         except Exception as error:
             # Of any kind: old packages fail in many ways beside new ones.
-            reason = " ".join(str(error).split()) or type(error).__name__
+            reason = one_line(error)
             raise ByolTimmError(f"--against {name} cannot be imported ({reason}). Run pip install {name}") from error
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .decoding import BadImage, Reduction, ValueRange, decode, highest_value, longer_side
-from .errors import ByolTimmError
+from .errors import ByolTimmError, one_line
 from .sources import (
     HUB_ID,
     TEST_NAMES,
@@ -352,7 +352,7 @@ def _read(shards: _Shards, shard: int, start: int, column: str) -> Iterator[Any]
         yield from shards.cells(shard, start, column)
     except Exception as error:
         # Of many kinds: broken files, files that are gone, no network.
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = one_line(error)
         raise ByolTimmError(
             f"reading stopped at {shards.describe(shard, start)} ({reason}). Check the file, then go on with --resume"
         ) from error

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .decoding import BadImage, Reduction, ValueRange, decode, from_array, highest_of, highest_value, longer_side
-from .errors import ByolTimmError
+from .errors import ByolTimmError, one_line
 
 if TYPE_CHECKING:
     import datasets
@@ -550,7 +550,7 @@ def loading(dataset: str, path: Path) -> Iterator[None]:
                 yield
         except Exception as error:
             # Of many kinds: no network, no such data set, no such configuration, broken files, a full disk.
-            reason = unreachable or " ".join(str(error).split()) or type(error).__name__
+            reason = unreachable or one_line(error)
             what = "cannot be loaded" if path.exists() else "is no folder here and cannot be loaded from the Hub"
             raise ByolTimmError(f"dataset {dataset} {what} ({reason}). Check --dataset and --dataset_config") from error
 
