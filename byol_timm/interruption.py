@@ -74,7 +74,7 @@ class Interruption:
         now = time.monotonic()
         if self._signal is None:
             self._signal, self._signal_time = number, now
-        elif number == signal.SIGINT and now - self._signal_time > _ONE_PRESS_SECONDS:
+        elif number == signal.SIGINT and (self._parent is None or now - self._signal_time > _ONE_PRESS_SECONDS):
             os._exit(128 + number)
 
 

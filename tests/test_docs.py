@@ -96,6 +96,14 @@ def test_commands_run(command, folder):
     assert result.returncode == 0, f"{shlex.join(command)}\n{result.stderr}"
 
 
+@pytest.mark.slow
+def test_the_table_of_collapses_is_made_by_its_command(folder):
+    [command] = [command.values[0] for command in commands(r"tests/collapse\.py")]
+    few = "--backbones test_resnet --runs healthy --epochs 1".split()
+    result = reader(folder, *command[:1], str(ROOT / command[1]), *few)
+    assert re.search(r"^\| test_resnet \| healthy \|.*\| none \|$", result.stdout, re.MULTILINE), result.stderr
+
+
 @pytest.mark.parametrize("command", [*commands(r"recipes/\w+\.py")])
 def test_recipes_take_the_flags_of_the_docs(command):
     place = next(number for number, word in enumerate(command) if re.fullmatch(r"recipes/\w+\.py", word))

@@ -10,6 +10,8 @@ import pytest
 from byol_timm.errors import ByolTimmError
 from byol_timm.interruption import Interrupted, Interruption, agree
 
+ALONE = {k: v for k, v in os.environ.items() if k not in ("ACCELERATE_DYNAMO_MODE", "TORCHELASTIC_RUN_ID")}
+LAUNCHED = {**ALONE, "ACCELERATE_DYNAMO_MODE": "default"}
 LOOP = """
     import sys, time
     from byol_timm.interruption import Interrupted, Interruption
@@ -39,17 +41,18 @@ def test_a_signal_becomes_a_question_and_the_shells_exit_code(number, code):
         assert process.wait(10) == code
 
 
-def test_a_second_ctrl_c_ends_the_process_at_once():
-    with start_loop("stubborn") as process:
+@pytest.mark.parametrize("environment, pause", [(ALONE, 0.2), (LAUNCHED, 2.3)])
+def test_a_second_ctrl_c_ends_the_process_at_once(environment, pause):
+    with start_loop("stubborn", env=environment) as process:
         process.send_signal(signal.SIGINT)
-        time.sleep(2.3)
+        time.sleep(pause)
         assert process.poll() is None
         process.send_signal(signal.SIGINT)
         assert process.wait(5) == 130
 
 
 def test_a_ctrl_c_that_the_launcher_passes_on_is_no_second_one():
-    with start_loop("stubborn") as process:
+    with start_loop("stubborn", env=LAUNCHED) as process:
         process.send_signal(signal.SIGINT)
         time.sleep(0.2)
         process.send_signal(signal.SIGINT)
@@ -65,9 +68,7 @@ def test_the_launchers_death_ends_a_run_that_it_started(tmp_path, launched):
         subprocess.Popen([sys.executable, "-c", sys.argv[1]])
         sys.stdin.read()
     """
-    environment = {k: v for k, v in os.environ.items() if k not in ("ACCELERATE_DYNAMO_MODE", "TORCHELASTIC_RUN_ID")}
-    if launched:
-        environment["ACCELERATE_DYNAMO_MODE"] = "default"
+    environment = LAUNCHED if launched else ALONE
     code = textwrap.dedent(LOOP).replace("30", "2" if not launched else "30")
     command = [sys.executable, "-c", textwrap.dedent(launcher), code]
     with subprocess.Popen(
