@@ -33,7 +33,7 @@ from .errors import ByolTimmError
 from .launch import create_accelerator, prepare
 from .optim import create_optimizer
 from .peers import STEPS, TAKE_CHANNELS_LAST, TAKES_BATCHES, VIEWS
-from .pretraining import Prepare, train_step
+from .pretraining import DeviceViews, train_step
 from .sources import Images
 
 Clock = Literal["wall", "cpu"]
@@ -320,7 +320,7 @@ def loop(images: Images, workload: Workload, timing: Timing, *, reading: Reading
     layout = _layout(encoder)
     byol = BYOL(encoder, hidden_dim=workload.hidden_dim).to(device).to(memory_format=layout)
     take = _our_step(byol, workload)
-    two_views = Prepare(_two_views(workload), device, channels_last=has_convolutions(encoder))
+    two_views = DeviceViews(_two_views(workload), device, channels_last=has_convolutions(encoder))
     given = _given_views(workload, device, layout)
     waited = total = 0.0
     with _batches(images, workload, reading) as batches:

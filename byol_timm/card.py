@@ -78,17 +78,17 @@ def model_card(
     parts = [
         f"# {subject}",
         _introduction(config, data),
-        "## Load it\n\n" + _examples(config, repo_id or "USER/NAME"),
+        "## Load it\n\n" + _examples(repo_id or "USER/NAME"),
         "## How it was trained\n\n" + _recipe(record),
         *(f"![{PICTURE_TITLES[name]}]({name})" for name in pictures),
         "## Data\n\n" + _data(data),
-        "## Results\n\n" + _results(record, data),
+        "## Results\n\n" + _results(record),
         "## Did it collapse?\n\n" + _health(record.get("health") or {}),
         "## Limits\n\n" + "\n".join([*(f"- {note}" for note in record.get("notes") or []), LIMITS]),
         "## Licence\n\n" + _licence(license),
         "## Citation\n\n" + CITATION,
     ]
-    metadata = _metadata(record, config, subject, license)
+    metadata = _metadata(record, subject, license)
     return f"---\n{metadata.to_yaml()}\n---\n\n{CARD_START}\n\n" + "\n\n".join(parts) + f"\n\n{CARD_END}\n"
 
 
@@ -153,7 +153,7 @@ def card_metadata(card: str) -> tuple[dict[str, Any], str]:
     return metadata if isinstance(metadata, dict) else {}, card[match.end() :]
 
 
-def _metadata(record: Mapping[str, Any], config: Mapping[str, Any], subject: str, license: str | None) -> ModelCardData:
+def _metadata(record: Mapping[str, Any], subject: str, license: str | None) -> ModelCardData:
     settings, results, data = (record.get(key) or {} for key in ("config", "results", "data"))
     dataset = data.get("hub_id")
     measured = [
@@ -198,7 +198,7 @@ def _introduction(config: Mapping[str, Any], data: Mapping[str, Any]) -> str:
     )
 
 
-def _examples(config: Mapping[str, Any], repo_id: str) -> str:
+def _examples(repo_id: str) -> str:
     name = f'"hf-hub:{repo_id}"'
     return f"""Train a classifier on top, or everything end to end:
 
@@ -240,7 +240,7 @@ def _recipe(record: Mapping[str, Any]) -> str:
     rows += [(name, record.get(name)) for name in ("processes", "precision")]
     rows += [("time", _duration(record["seconds"]) if record.get("seconds") else None)]
     rows += [(f"version of {name}", value) for name, value in (record.get("versions") or {}).items()]
-    rows += [("version of byol_timm", record.get("byol_timm")), ("commit", record.get("commit"))]
+    rows += [("commit", record.get("commit"))]
     shown = [f"| {text} | {_cell(value)} |" for text, value in rows if value not in (None, "", [], ())]
     if not shown:
         return "Not recorded."
@@ -261,7 +261,7 @@ def _data(data: Mapping[str, Any]) -> str:
     return "\n".join([*lines, "- labels: not used in training"])
 
 
-def _results(record: Mapping[str, Any], data: Mapping[str, Any]) -> str:
+def _results(record: Mapping[str, Any]) -> str:
     results = record.get("results") or {}
     neighbours = results.get("k", 20)
     rows = [

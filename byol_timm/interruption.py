@@ -30,7 +30,6 @@ class Interrupted(ByolTimmError):
 
     def __init__(self, signal_number: int, step: int) -> None:
         super().__init__(f"{_REASONS[signal.Signals(signal_number)]}, stopped at step {step}. Continue with --resume")
-        self.signal_number = signal_number
         self.exit_code = 128 + signal_number
 
 

@@ -175,7 +175,7 @@ def on_main_process(accelerator: Accelerator, act: Callable[[], Result]) -> Resu
     return outcome[0]
 
 
-def raise_first(accelerator: Accelerator, failure: ByolTimmError | None) -> None:
+def raise_first(failure: ByolTimmError | None) -> None:
     """Raise, on every process, the first failure that any process met; every process must call it."""
     failures = [known for known in gather_object([failure]) if known is not None]
     if failures:
@@ -203,7 +203,7 @@ def exhaustion_told(batch_size: int, image_size: int) -> Iterator[None]:
         raise ByolTimmError(f"disk full ({one_line(error)}). Make room and go on with --resume") from error
 
 
-def check_same(accelerator: Accelerator, what: str, fault: str) -> None:
+def check_same(what: str, fault: str) -> None:
     """Raise `ByolTimmError` unless every process has the same text; `fault` says what the odd one does."""
     digests = gather_object([hashlib.sha256(what.encode()).hexdigest()])
     if len(set(digests)) > 1:

@@ -138,13 +138,6 @@ class MetricsLog:
         self._show(full, step, now)
         return full
 
-    def message(self, text: str) -> None:
-        """Print a line without tearing the bar."""
-        if self._bar is not None:
-            self._bar.write(text, file=self._stream)
-        else:
-            print(text, file=self._stream, flush=True)
-
     def close(self) -> None:
         """Close the file and leave the bar as it stands."""
         self._file.close()
@@ -179,7 +172,7 @@ class MetricsLog:
         if step > self._start_step:
             left = (self._total_steps - step) * (now - self._first_time) / (step - self._start_step)
             line += f"  ETA {_clock(left)}"
-        self.message(line)
+        print(line, file=self._stream, flush=True)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

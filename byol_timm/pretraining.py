@@ -131,7 +131,7 @@ def pretrain(config: PretrainConfig) -> nn.Module:
         schedule = Schedule.of(settings, len(splits.train), forwards)
         settings = resolve_intervals(settings, schedule.steps_per_epoch)
         fault = "was started with other settings than process 0. Give all the same command"
-        check_same(accelerator, to_yaml(settings), fault)
+        check_same(to_yaml(settings), fault)
 
         # The two views, both networks, the optimizer.
         stack.enter_context(exhaustion_told(settings.batch_size, settings.image_size))
@@ -184,13 +184,13 @@ def pretrain(config: PretrainConfig) -> nn.Module:
             "hub_id": hub_id(settings.dataset),
         }
         fault = f"sees other images in {settings.dataset} than process 0. Give all hosts the same files"
-        check_same(accelerator, data["fingerprint"], fault)
+        check_same(data["fingerprint"], fault)
         step = 0
         saved: dict[str, Any] = {}
         if settings.resume:
             step, saved = _resume(settings, schedule, data, folder, byol, optimizer, probe)
             fault = f"finds other checkpoints in {folder} than process 0. Give all hosts one --output_dir to share"
-            check_same(accelerator, str(step), fault)
+            check_same(str(step), fault)
         if accelerator.is_main_process:
             (folder / "config.yaml").write_text(to_yaml(settings), encoding="utf-8")
             write_json(folder / "environment.json", environment(accelerator))
@@ -211,7 +211,7 @@ def pretrain(config: PretrainConfig) -> nn.Module:
         decoded = _decoded(settings, splits, interruption, step)
         batches = _open_batches(settings, schedule, decoded, views, accelerator, step)
         stack.callback(batches.close)
-        two_views = Prepare(views, accelerator.device, settings.channels_last)
+        two_views = DeviceViews(views, accelerator.device, settings.channels_last)
         alarm = CollapseAlarm(
             opt=settings.opt,
             lr=settings.lr,
@@ -274,7 +274,7 @@ def pretrain(config: PretrainConfig) -> nn.Module:
                 if accelerator.is_main_process:
                     save(bad)
                     writer.close()
-                raise_first(accelerator, failure)
+                raise_first(failure)
                 raise Interrupted(stop, step)
             if over:
                 break
@@ -571,7 +571,7 @@ def _rehearse(
     copied = copy.deepcopy(byol)
     _lay_out(copied, config, accelerator)
     model, optimizer = prepare(accelerator, copied, _create_optimizer(config, copied, schedule.peak_lr))
-    two_views = Prepare(views, accelerator.device, config.channels_last)
+    two_views = DeviceViews(views, accelerator.device, config.channels_last)
     seconds: list[float] = []
     count = 1
     with contextlib.closing(_open_batches(config, schedule, splits, views, accelerator, 0)) as batches:
@@ -579,7 +579,7 @@ def _rehearse(
         while len(seconds) < count:
             start = time.perf_counter()
             micro_batches, failure = _read(stream, accelerator.gradient_accumulation_steps)
-            raise_first(accelerator, failure)
+            raise_first(failure)
             pairs = map(two_views, micro_batches)
             figures = train_step(
                 accelerator, model, optimizer, pairs, target_decay=1.0, recomputes=config.grad_checkpointing
@@ -728,7 +728,7 @@ def _read(stream: Iterator[Batch], count: int) -> tuple[list[Batch], ByolTimmErr
         return [], error
 
 
-class Prepare:
+class DeviceViews:
     """Views of a batch of images, or of crops, on the device; the memory of the last ones is used again."""
 
     def __init__(self, views: TwoViews, device: torch.device, channels_last: bool) -> None:
