@@ -254,9 +254,11 @@ def pretrain(config: PretrainConfig) -> nn.Module:
 
         # Sums of the figures since the last line of metrics, and of how many steps. Apple's GPUs have no float64.
         precision = torch.float32 if accelerator.device.type == "mps" else torch.float64
-        since_log = torch.tensor(
-            saved.get("since_log", [0.0] * (len(FIGURES) + 1)), dtype=precision, device=accelerator.device
-        )
+        sums = saved.get("since_log", [])
+        if len(sums) != len(FIGURES) + 1:
+            # byol_timm 0.1.0 did not count the steps.
+            sums = [0.0] * (len(FIGURES) + 1)
+        since_log = torch.tensor(sums, dtype=precision, device=accelerator.device)
         stream, skipped = copied_ahead(iter(batches), accelerator.device), 0
         while True:
             if held_out is not None and schedule.evaluates(step, settings.knn_every) and step not in evaluated:
@@ -293,8 +295,8 @@ def pretrain(config: PretrainConfig) -> nn.Module:
             if accelerator.is_main_process and probe and not skipped:
                 ordinals = torch.cat([batch.ordinals for batch in micro_batches])
                 probe.learn(figures["representation"], ordinals, batches.bad)
-            sums = torch.stack([figures[name].to(precision) for name in FIGURES])
-            since_log += torch.cat([accelerator.reduce(sums, "mean"), sums.new_ones(1)])
+            this_step = torch.stack([figures[name].to(precision) for name in FIGURES])
+            since_log += torch.cat([accelerator.reduce(this_step, "mean"), this_step.new_ones(1)])
             step += 1
 
             if step % settings.log_every == 0 or step == schedule.total_steps:
