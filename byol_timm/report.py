@@ -454,7 +454,7 @@ def _accuracy_of(groups: Mapping[Any, Mapping[Any, Sequence[float]]]) -> str:
     if counts[-1] == 1:
         return "accuracy"
     number = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
-    return f"accuracy (mean and standard deviation of {number} runs)"
+    return f"accuracy (mean and s.d. of {number} runs)"
 
 
 def _share_names(shares: Sequence[float]) -> list[str]:
