@@ -142,8 +142,14 @@ _TARGET_MODE = "BatchNorm by its own batches, nothing random"
 
 
 def _target_mode(byol: BYOL) -> str:
-    modules = [m for network in (byol.target_encoder, byol.target_projector) for m in network.modules()]
-    return _TARGET_MODE if all(m.training == isinstance(m, _BatchNorm) for m in modules) else "otherwise"
+    pairs = ((byol.encoder, byol.target_encoder), (byol.projector, byol.target_projector))
+    # A frozen BatchNorm is in eval mode in both networks.
+    kept = all(
+        target.training == (online.training and isinstance(target, _BatchNorm))
+        for networks in pairs
+        for online, target in zip(*(network.modules() for network in networks), strict=True)
+    )
+    return _TARGET_MODE if kept else "otherwise"
 
 
 def _share(images: int, batch: int) -> str:
