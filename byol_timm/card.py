@@ -20,6 +20,7 @@ PICTURE_TITLES = {"curves.png": "Training curves", "embedding.png": "Map of the 
 
 RECIPE_ROWS = {
     "image_size": "image side",
+    "value_range": "values of more than 8 bits that became black and white",
     "pretrained": "started from pretrained weights",
     "augmentation": "augmentation",
     "batch_size": "images per process and forward pass",
@@ -116,7 +117,7 @@ def redact(value: Any) -> Any:
     """`value` (JSON-like) without secrets and folders of this machine: neither tokens nor home or user names."""
     if isinstance(value, Mapping):
         # Numbers under such names, as `reg_tokens` of a network, are no secrets.
-        secret = {k for k, v in value.items() if SECRET_KEY.search(str(k)) and isinstance(v, str) and v}
+        secret = {k for k, v in value.items() if SECRET_KEY.search(str(k)) and v and not isinstance(v, int | float)}
         return {k: REDACTED if k in secret else redact(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
         return [redact(item) for item in value]

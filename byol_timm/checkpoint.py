@@ -166,6 +166,12 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Te
     state_dict = _unpack(json.loads(bytes(tensors["layout"].tolist())), tensors)
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     saved = state_dict["state"]
+    trained = sum(len(group["params"]) for group in state_dict["param_groups"])
+    if trained != len(parameters):
+        raise ByolTimmError(
+            f"the checkpoint trained {trained} parameters, this run trains {len(parameters)}: something else is "
+            "frozen. Use another --output_dir"
+        )
     for index, state in saved.items():
         for name, value in state.items():
             # Reductions over the restored state must see the memory order that they saw before.

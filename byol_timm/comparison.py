@@ -22,7 +22,7 @@ from .augment import EvaluationTransform
 from .checkpoint import compare_config, lock_folder, prepare_output_dir
 from .config import PretrainConfig
 from .defaults import check, crop_pct, normalization, resolve_images, resolve_training
-from .encoder import has_convolutions
+from .encoder import fit_backbone, has_convolutions, has_residual_init
 from .errors import ByolTimmError
 from .evaluation import (
     PROTOCOLS,
@@ -350,6 +350,7 @@ def _save(path: Path, values: Any) -> None:
 
 
 def _finished(folder: Path, comparison: Comparison) -> Iterator[dict[str, Any]]:
+    residual_init = _residual_init(comparison)
     for origin in _origins(comparison):
         for seed in comparison.seeds:
             for cell in cells(comparison, origin, seed):
@@ -358,8 +359,7 @@ def _finished(folder: Path, comparison: Comparison) -> Iterator[dict[str, Any]]:
                     row = json.loads(path.read_text("utf-8"))
                     metrics = row.pop("metrics")
                     row["train_images"], row["test_images"] = metrics["train_images"], metrics["images"]
-                    drawn = row["start"] != "pretrained"
-                    row["zero_init_last"] = comparison.pretraining.zero_init_last if drawn else None
+                    row["zero_init_last"] = residual_init if row["start"] != "pretrained" else None
                     row["top1_low"], row["top1_high"] = metrics["top1_interval"]
                     row["chosen"] = " ".join(f"{name}={value:g}" for name, value in metrics["chosen"].items())
                     yield {name: row.get(name, metrics.get(name)) for name in COLUMNS}
@@ -394,10 +394,19 @@ def _write(folder: Path, comparison: Comparison, rows: Sequence[Row]) -> None:
         note += f", mean and standard deviation over {len(comparison.seeds)} seeds"
     else:
         note += "; one seed, which tells no difference from chance"
-    start, flag = (0, "zero_init_last") if comparison.pretraining.zero_init_last else (1, "no_zero_init_last")
-    note += f". Random weights, from which BYOL starts too, are timm's; residual branches start at {start} (--{flag})"
+    note += ". Random weights, from which BYOL starts too, are as timm draws them"
+    residual_init = _residual_init(comparison)
+    if residual_init is not None:
+        start, flag = (0, "zero_init_last") if residual_init else (1, "no_zero_init_last")
+        note += f", residual branches starting at {start} (--{flag})"
     text = f"{conclusion(rows)}\n\n{results_table(rows)}\n\n{note}.\n\n{pictures}\n"
     (folder / "conclusion.md").write_text(text, encoding="utf-8")
+
+
+def _residual_init(comparison: Comparison) -> bool | None:
+    """Whether residual branches start at zero; None where the backbone leaves no choice."""
+    config = comparison.pretraining
+    return config.zero_init_last if has_residual_init(fit_backbone(config.backbone).encoder) else None
 
 
 # Words and numbers

@@ -1,6 +1,7 @@
 """What a setting left at None becomes, given the images and the encoder; and values that no run can have."""
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -111,15 +112,14 @@ def check(config: PretrainConfig) -> None:
         raise ByolTimmError("--batch_size must be 2 or more (1): BatchNorm compares the images of a batch")
     for name in ("lr", "weight_decay", "warmup_epochs", "rotate", "workers", "memory_limit"):
         value = getattr(config, name)
-        if value is not None and not value >= 0:
-            raise ByolTimmError(f"--{name} must not be negative ({value})")
+        if value is not None and not 0 <= value < math.inf:
+            raise ByolTimmError(f"--{name} must be finite and not negative ({value})")
     for name in ("target_decay", "flip", "jitter", "blur", "solarize", "crop_scale"):
         value = getattr(config, name)
         for number in value if isinstance(value, tuple) else (value,):
             if number is not None and not 0 <= number <= 1:
                 raise ByolTimmError(f"--{name} must lie between 0 and 1 ({number})")
-    if not -(2**63) <= config.seed < 2**63:
-        raise ByolTimmError(f"--seed must fit into 64 bits ({config.seed})")
+    check_seed(config.seed)
     if not 0 < config.image_share <= 1:
         raise ByolTimmError(f"--image_share must lie above 0 and be at most 1 ({config.image_share})")
     if config.crop_scale is not None and not 0 < config.crop_scale[0] <= config.crop_scale[1]:
@@ -147,6 +147,11 @@ def check(config: PretrainConfig) -> None:
         raise ByolTimmError(f"--decoded_side ({config.decoded_side}) is for --decoded_cache. Name a folder with that")
     if config.num_head_layers not in (None, 2, 3):
         raise ByolTimmError(f"--num_head_layers is 2 or 3 ({config.num_head_layers})")
+
+
+def check_seed(seed: int) -> None:
+    if not -(2**63) <= seed < 2**63:
+        raise ByolTimmError(f"--seed must fit into 64 bits ({seed})")
 
 
 def _for_channels(values: Sequence[float], in_chans: int) -> tuple[float, ...]:

@@ -88,7 +88,7 @@ def create_encoder(
         _warn_of_lost_structure(backbone, fit, image_size, backbone_kwargs)
     arguments = fit.arguments
     if not zero_init_last:
-        if _accepts(fit.encoder, "zero_init_last"):
+        if has_residual_init(fit.encoder):
             arguments = {**arguments, "zero_init_last": False}
         else:
             logger.warning(f"{backbone} has no choice of the residual init; it starts as timm has it")
@@ -356,6 +356,11 @@ def _run(backbone: str, arguments: dict[str, Any], image_size: int | None) -> Fi
         # timm takes the width of a language model's projector from the pretrained tag, which a saved encoder replaces.
         arguments = {"out_features": encoder_width(encoder), **arguments}
     return Fit(arguments, encoder, input_size)
+
+
+def has_residual_init(encoder: nn.Module) -> bool:
+    """Whether timm lets its residual branches start at zero or not (`zero_init_last`)."""
+    return _accepts(encoder, "zero_init_last")
 
 
 def _accepts(encoder: nn.Module, argument: str) -> bool:

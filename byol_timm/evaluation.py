@@ -23,7 +23,7 @@ from .augment import normalize as normalize_pixels
 from .byol import normalize
 from .config import EvaluationConfig, data_settings
 from .data import TrainingBatches, epoch_order, evaluation_batches
-from .defaults import crop_pct, normalization
+from .defaults import check_seed, crop_pct, normalization
 from .encoder import encoder_width, has_convolutions
 from .errors import ByolTimmError
 from .hub import load_encoder
@@ -118,6 +118,7 @@ def open_evaluation(config: EvaluationConfig, *, labelled: bool = True) -> tuple
     """
     if config.workers is not None and config.workers < 0:
         raise ByolTimmError(f"--workers must not be negative ({config.workers})")
+    check_seed(config.seed)
     # What a bare timm name gets without --pretrained.
     torch.manual_seed(config.seed)
     encoder = load_encoder(

@@ -3,6 +3,7 @@
 import contextlib
 import queue
 import threading
+import time
 from collections.abc import Iterator
 
 from huggingface_hub import constants, get_session
@@ -11,8 +12,10 @@ from huggingface_hub.errors import HTTPError
 from .errors import one_line
 
 PROBE_SECONDS = 3.0
-# Why addresses could not be reached when that was last asked.
-_unreached: dict[str, str] = {}
+# When and why addresses could not be reached.
+_unreached: dict[str, tuple[float, str]] = {}
+REMEMBERED_SECONDS = 60.0
+_turn = threading.RLock()
 
 
 def why_unreachable() -> str | None:
@@ -40,16 +43,19 @@ def why_unreachable() -> str | None:
 def cache_alone_without_network() -> Iterator[str | None]:
     """Inside, the client of the Hub looks into its cache alone if the Hub cannot be reached; gives the reason, or None.
 
-    A Hub that could not be reached is not asked for again by this process.
+    A Hub that could not be reached is asked for again after a minute. One thread at a time is inside.
     """
-    if constants.HF_HUB_OFFLINE:
-        yield None
-        return
-    reason = _unreached.get(constants.ENDPOINT) or why_unreachable()
-    if reason is not None:
-        _unreached[constants.ENDPOINT] = reason
-        constants.HF_HUB_OFFLINE = True
-    try:
-        yield reason
-    finally:
-        constants.HF_HUB_OFFLINE = False
+    with _turn:
+        if constants.HF_HUB_OFFLINE:
+            yield None
+            return
+        asked, reason = _unreached.get(constants.ENDPOINT, (0.0, None))
+        if reason is None or time.monotonic() - asked > REMEMBERED_SECONDS:
+            reason = why_unreachable()
+        if reason is not None:
+            _unreached[constants.ENDPOINT] = (time.monotonic(), reason)
+            constants.HF_HUB_OFFLINE = True
+        try:
+            yield reason
+        finally:
+            constants.HF_HUB_OFFLINE = False

@@ -96,8 +96,9 @@ def create_optimizer(
         return LARS(groups, lr)
     from timm.optim import create_optimizer_v2, get_optimizer_info, list_optimizers
 
-    known, name = list_optimizers(), opt.removeprefix("lookahead_")
-    if name not in known:
+    known, name = list_optimizers(), opt.lower().removeprefix("lookahead_")
+    # timm's own `lars`, which it would take for LARS, is another.
+    if name not in known or name == "lars":
         near = difflib.get_close_matches(opt.lower(), known, n=1, cutoff=0.0)[0]
         raise ByolTimmError(f"unknown optimizer {opt!r}. Did you mean {near}?")
     if get_optimizer_info(name).second_order:

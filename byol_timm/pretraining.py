@@ -79,10 +79,9 @@ from .streaming import StreamBatches
 from .summary import banner, closing, environment, paper_lines, rehearsal
 
 logger = logging.getLogger(__name__)
-# What may differ between a run and its continuation; everything else decides what the weights become. Images that moved
-# are known again by their fingerprint.
+# What may differ between a run and its continuation; everything else decides what the weights become.
 MAY_CHANGE = frozenset(
-    "batch_size dataset output_dir save_every log_every knn_every resume overwrite max_time on_collapse report_to "
+    "batch_size output_dir save_every log_every knn_every resume overwrite max_time on_collapse report_to "
     "push_to_hub public license push_training_state dry_run debug workers memory_limit decoded_cache "
     "on_bad_image".split()
 )
@@ -164,13 +163,9 @@ def pretrain(config: PretrainConfig) -> nn.Module:
                 settings.image_size,
             )
         if settings.dry_run:
-            # Beside the folder of the run, which stays free for it, or as it is.
-            pictures = folder.with_name(f"{folder.name}-dry_run")
-            if accelerator.is_main_process:
-                pictures.mkdir(parents=True, exist_ok=True)
-                _save_example_views(splits.bank, views, pictures / "views.png")
+            picture = on_main_process(accelerator, lambda: _rehearsed_views(folder, splits.bank, views))
             _rehearse(settings, schedule, splits, views, byol, optimizer, frozen, accelerator)
-            logger.info("\ndry run: nothing is kept but the views, in %s", pictures / "views.png")
+            logger.info("\ndry run: nothing is kept but the views, in %s", picture)
             if settings.decoded_cache is not None:
                 logger.info("images were decoded as they came; the run itself reads them from --decoded_cache")
             return encoder.eval()
@@ -256,7 +251,7 @@ def pretrain(config: PretrainConfig) -> nn.Module:
         precision = torch.float32 if accelerator.device.type == "mps" else torch.float64
         sums = saved.get("since_log", [])
         if len(sums) != len(FIGURES) + 1:
-            # byol_timm 0.1.0 did not count the steps.
+            # A checkpoint without a count of the steps.
             sums = [0.0] * (len(FIGURES) + 1)
         since_log = torch.tensor(sums, dtype=precision, device=accelerator.device)
         stream, skipped = copied_ahead(iter(batches), accelerator.device), 0
@@ -653,7 +648,7 @@ def _resume(
         logger.warning("a damaged checkpoint is passed over: %s", reason)
     state, name = checkpoint.state, f"checkpoint {checkpoint.path.name}"
     if "auto" in state["config"]["backbone_kwargs"]:
-        # byol_timm 0.1 did not write down what it stood for.
+        # A checkpoint without what it stood for.
         before = dataclasses.replace(config, backbone_kwargs=tuple(state["config"]["backbone_kwargs"]))
         state["config"]["backbone_kwargs"] = list(resolve_backbone_kwargs(before).backbone_kwargs)
     compare_config(state["config"], dataclasses.asdict(config), may_change=MAY_CHANGE, checkpoint=name)
@@ -791,6 +786,17 @@ def _not_finite(
 
 def _number(value: Any) -> Any:
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _rehearsed_views(folder: Path, images: Images, views: TwoViews) -> Path:
+    """Where the views are: beside the folder of the run, which stays free for it, or as it is."""
+    rehearsed = Path(f"{folder.absolute()}-dry_run" if not folder.name else f"{folder}-dry_run")
+    try:
+        rehearsed.mkdir(parents=True, exist_ok=True)
+        _save_example_views(images, views, rehearsed / "views.png")
+    except OSError as error:
+        raise ByolTimmError(f"cannot write to {rehearsed} ({error.strerror}). Choose another --output_dir") from error
+    return rehearsed / "views.png"
 
 
 def _save_example_views(images: Images, views: TwoViews, path: Path) -> None:

@@ -550,7 +550,7 @@ def loading(dataset: str, path: Path) -> Iterator[None]:
                 yield
         except Exception as error:
             # Of many kinds: no network, no such data set, no such configuration, broken files, a full disk.
-            reason = unreachable or one_line(error)
+            reason = f"{unreachable}; {one_line(error)}" if unreachable else one_line(error)
             what = "cannot be loaded" if path.exists() else "is no folder here and cannot be loaded from the Hub"
             raise ByolTimmError(f"dataset {dataset} {what} ({reason}). Check --dataset and --dataset_config") from error
 

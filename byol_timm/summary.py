@@ -209,7 +209,8 @@ def _next(config: Any, folder: Path, labelled: bool) -> list[list[str]]:
     data |= {name: getattr(config, name) for name in DATA if getattr(config, name) != getattr(PretrainConfig, name)}
     if config.streaming:
         # The other recipes read whole data sets.
-        labelled, data = False, {"dataset": "path/to/images"}
+        labelled, data = False, {**data, "dataset": "path/to/images"}
+        data = {name: value for name, value in data.items() if name in ("dataset", "value_range")}
     encoder = f"local-dir:{folder}/encoder"
     own = ["--backbone", config.backbone, "--dataset", "path/to/images"]
     for recipes in (Path("recipes"), Path(__file__).parents[1] / "recipes"):

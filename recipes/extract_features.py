@@ -13,7 +13,7 @@ import os
 from dataclasses import dataclass
 from typing import Literal
 
-from byol_timm.config import EvaluationConfig, parse, run
+from byol_timm.config import EvaluationConfig, output_folder, parse, run
 from byol_timm.errors import ByolTimmError
 
 
@@ -35,6 +35,8 @@ def main() -> None:
     config = parse(Extraction)
     if config.part_images < 1:
         raise ByolTimmError(f"--part_images must be positive ({config.part_images})")
+
+    output_folder(config.output)
 
     from byol_timm.evaluation import open_evaluation
     from byol_timm.extraction import save_features

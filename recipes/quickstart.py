@@ -5,6 +5,8 @@
 It takes no flags: the settings of pretrain.py are arguments here. It runs on a GPU where there is one.
 """
 
+import sys
+
 import timm
 
 from byol_timm import PretrainConfig, pretrain
@@ -22,4 +24,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    if sys.argv[0].endswith("quickstart.py") and sys.argv[1:]:
+        # The arguments of a notebook's kernel are nobody's wish.
+        raise SystemExit(f"quickstart.py takes no flags ({sys.argv[1]}). Use pretrain.py")
     run(main)

@@ -62,7 +62,7 @@ def test_every_encoder_meets_every_share_of_the_labels_frozen_and_fine_tuned(fin
     with open(folder / "results.csv", newline="") as file:
         assert [float(row["top1"]) for row in csv.DictReader(file)] == [row["top1"] for row in rows]
     text = (folder / "conclusion.md").read_text()
-    assert "residual branches start at 0 (--zero_init_last)" in text and rows[0]["zero_init_last"] is True
+    assert "residual branches starting at 0 (--zero_init_last)" in text and rows[0]["zero_init_last"] is True
     assert conclusion(rows) in text and results_table(rows) in text
     assert {"bars.png", "label_efficiency.png"} <= {file.name for file in folder.iterdir()}
 

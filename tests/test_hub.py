@@ -328,12 +328,14 @@ def test_redaction_leaves_values_and_takes_secrets_and_places():
     home = Path.home()
     value = {
         "api_key": "abc", "HF_TOKEN": "abc", "password": "", "keys": 3, "lr": 0.1, "list": [f"x {TOKEN} y", None],
+        "tokens": ["abc"], "reg_tokens": 2, "class_token": True,
         "folder": home / "data" / "birds", "command": f"python {home}/train.py /home/alice/x", "monkey": "yes",
         "undecoded": "na\udcc3\udcafve",
     }  # fmt: skip
     assert redact(value) == {
         "api_key": "[redacted]", "HF_TOKEN": "[redacted]", "password": "", "keys": 3, "lr": 0.1,
-        "list": ["x [redacted] y", None], "folder": ".../birds", "command": "python ~/train.py ~/x", "monkey": "yes",
+        "tokens": "[redacted]", "reg_tokens": 2, "class_token": True, "list": ["x [redacted] y", None],
+        "folder": ".../birds", "command": "python ~/train.py ~/x", "monkey": "yes",
         "undecoded": "naïve",
     }  # fmt: skip
 

@@ -87,7 +87,7 @@ def test_exempt_names_may_be_patterns_as_timms_are():
     assert positions and all(id(p) in exempt for p in positions)
 
 
-@pytest.mark.parametrize("opt", ["lars", "adamw", "sgd"])
+@pytest.mark.parametrize("opt", ["lars", "adamw", "AdamW", "sgd"])
 def test_the_target_network_is_never_handed_to_the_optimizer(opt):
     byol = BYOL(timm.create_model("test_resnet", num_classes=0), hidden_dim=32, projection_dim=8)
     optimizer = create_optimizer(opt, byol, lr=0.1, weight_decay=1e-4)

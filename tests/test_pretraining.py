@@ -24,6 +24,7 @@ from torch import nn
 from byol_timm import BYOL, PretrainConfig, monitor, pretrain, pretraining
 from byol_timm.checkpoint import load_latest, save_checkpoint
 from byol_timm.config import EvaluationConfig, parse
+from byol_timm.encoder import freeze_parts
 from byol_timm.errors import ByolTimmError
 from byol_timm.evaluation import dataset_features, extract_features, knn, open_evaluation
 from byol_timm.interruption import Interrupted
@@ -214,14 +215,14 @@ def test_figures_are_means_over_the_steps_since_the_last_line_whatever_the_inter
     assert resumed[5] == losses[5]
 
 
-def test_images_that_moved_are_known_again_and_others_are_not(tmp_path):
-    images = digits_folder(tmp_path / "images", 64, labelled=True)
-    pretrain(quick(tmp_path / "run", dataset=str(images), batch_size=16))
-    images.rename(tmp_path / "elsewhere")
-    pretrain(quick(tmp_path / "run", dataset=str(tmp_path / "elsewhere"), batch_size=16, resume=True))
-    others = digits_folder(tmp_path / "others", 60, labelled=True)
-    with pytest.raises(ByolTimmError, match="was made of other images"):
-        pretrain(quick(tmp_path / "run", dataset=str(others), batch_size=16, resume=True))
+def test_a_run_whose_optimizer_held_other_parameters_is_not_resumed(run, tmp_path, monkeypatch):
+    again = tmp_path / "run"
+    shutil.copytree(run[0], again)
+    shutil.rmtree(again / "checkpoints" / "step-5")
+    # As if a part meant other parameters when the run began.
+    monkeypatch.setattr(pretraining, "freeze_parts", lambda encoder, _: freeze_parts(encoder, ("stem",)))
+    with pytest.raises(ByolTimmError, match=r"something else is frozen\. Use another --output_dir"):
+        pretrain(quick(again, resume=True))
 
 
 def test_the_map_of_a_finished_run_is_drawn_again_by_another_method_and_back(run):
@@ -357,6 +358,16 @@ def test_dry_run_trains_nothing_shows_the_views_and_leaves_the_folder_to_the_run
     torch.manual_seed(0)
     initial = timm.create_model("test_resnet", num_classes=0).state_dict()
     assert all(torch.equal(value, initial[name]) for name, value in encoder.state_dict().items())
+
+
+def test_dry_run_takes_the_folder_that_one_is_in(tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    pretrain(quick(".", dry_run=True))
+    assert [str(file.relative_to(tmp_path)) for file in tmp_path.rglob("*.*")] == ["here-dry_run/views.png"]
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ByolTimmError, match=r"cannot write to .*file/run-dry_run"):
+        pretrain(quick(tmp_path / "file" / "run", dry_run=True))
 
 
 def test_dry_run_measures_the_run_and_tells_it_from_the_papers(tmp_path, caplog):
