@@ -128,7 +128,7 @@ def test_an_output_that_cannot_be_written_is_told_before_the_work(recipe, tmp_pa
         ("scale.py --backbone resnt50", "timm has no backbone 'resnt50'. Nearest names: resnet50"),
         ("convert.py FILE out --backbone resnet18.foo", "resnet18 has no pretrained tag 'foo'. It has: "),
         ("pretrain.py --opt adamx --backbone test_resnet", "unknown optimizer 'adamx'. Did you mean adamax?"),
-        ("pretrain.py --opt AdamW --backbone test_resnet", "unknown optimizer 'AdamW'. Did you mean adamw?"),
+        ("pretrain.py --opt LARS --backbone test_resnet", "unknown optimizer 'LARS'. Did you mean lars?"),
         ("pretrain.py --opt lbfgs --backbone test_resnet", "unknown optimizer 'lbfgs'. Did you mean lars?"),
         ("pretrain.py --opt adahessian --backbone test_resnet", "adahessian needs second derivatives"),
         ("pretrain.py --opt fusedsgd --backbone test_resnet", "optimizer fusedsgd cannot be used ("),
