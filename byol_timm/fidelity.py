@@ -40,8 +40,6 @@ SCHEDULES = {
     (40, 4096): Published(0.45, 1e-6, 0.97),
     (1000, 512): Published(0.4, 1.5e-6, 0.9995),
 }
-
-
 # Of the paper, what no setting changes.
 ALWAYS = (
     "draws per image and per view, order of the operations; a pass per view; l2 norms in float32; target moved once a "

@@ -1,6 +1,7 @@
 """Whether the Hub can be reached: asked once and briefly, where its client would try again for most of a minute."""
 
 import contextlib
+import math
 import queue
 import threading
 import time
@@ -49,12 +50,12 @@ def cache_alone_without_network() -> Iterator[str | None]:
         if constants.HF_HUB_OFFLINE:
             yield None
             return
-        asked, reason = _unreached.get(constants.ENDPOINT, (0.0, None))
-        if reason is None or time.monotonic() - asked > REMEMBERED_SECONDS:
+        asked, reason = _unreached.get(constants.ENDPOINT, (-math.inf, None))
+        if time.monotonic() - asked > REMEMBERED_SECONDS:
             reason = why_unreachable()
-        if reason is not None:
-            _unreached[constants.ENDPOINT] = (time.monotonic(), reason)
-            constants.HF_HUB_OFFLINE = True
+            if reason is not None:
+                _unreached[constants.ENDPOINT] = (time.monotonic(), reason)
+        constants.HF_HUB_OFFLINE = reason is not None
         try:
             yield reason
         finally:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .errors import ByolTimmError
+from .errors import ByolTimmError, one_line
 
 
 class LARS(torch.optim.Optimizer):
@@ -109,8 +109,7 @@ def create_optimizer(
         return create_optimizer_v2(groups, opt, lr=lr, weight_decay=weight_decay)
     # timm asserts that packages and a GPU are there.
     except (AssertionError, ImportError, ValueError) as error:
-        reason = str(error).rstrip(".")
-        raise ByolTimmError(f"optimizer {opt} cannot be used ({reason}). Choose another --opt") from error
+        raise ByolTimmError(f"optimizer {opt} cannot be used ({one_line(error)}). Choose another --opt") from error
 
 
 def learning_rate(step: int, *, total_steps: int, warmup_steps: int, peak: float) -> float:

@@ -790,7 +790,7 @@ def _number(value: Any) -> Any:
 
 def _rehearsed_views(folder: Path, images: Images, views: TwoViews) -> Path:
     """Where the views are: beside the folder of the run, which stays free for it, or as it is."""
-    rehearsed = Path(f"{folder.absolute()}-dry_run" if not folder.name else f"{folder}-dry_run")
+    rehearsed = Path(f"{folder if folder.name else folder.absolute()}-dry_run")
     try:
         rehearsed.mkdir(parents=True, exist_ok=True)
         _save_example_views(images, views, rehearsed / "views.png")
