@@ -1,6 +1,7 @@
 """The benchmark measures what it says, side by side."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -73,9 +74,12 @@ def test_the_recipe_measures_views_steps_and_memory_and_draws_them(tmp_path):
 
 
 @pytest.mark.parametrize("peer", ["lightning", "byol-pytorch"])
-def test_a_peer_that_is_not_there_is_refused_in_one_line(peer):
+def test_a_peer_that_cannot_be_had_is_refused_in_one_line(peer, tmp_path):
+    # Found first, wherever the real one is installed.
+    (tmp_path / "byol_pytorch.py").write_text("raise ImportError('too old')")
+    path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
     call = [sys.executable, str(RECIPE), "--against", peer]
-    result = subprocess.run(call, capture_output=True, text=True, timeout=300)
+    result = subprocess.run(call, capture_output=True, text=True, timeout=300, env={**os.environ, "PYTHONPATH": path})
     assert result.returncode == 2
     [line] = result.stderr.splitlines()
     assert peer in line
