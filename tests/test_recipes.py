@@ -158,6 +158,8 @@ def test_ctrl_c_is_one_line_and_exit_code_130(command, tmp_path):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         start_new_session=True,
+        # A shell starts what it runs in the background deaf to Ctrl-C.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     with process:
         # At work: a file is written, a process of the pool has started.
