@@ -4,18 +4,18 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .augment import TwoViews as TwoViews
     from .byol import BYOL as BYOL
     from .config import PretrainConfig as PretrainConfig
-    from .encoder import create_encoder as create_encoder
+    from .encoders import create_encoder as create_encoder
+    from .encoders import push_encoder as push_encoder
+    from .encoders import register as register
+    from .encoders import save_encoder as save_encoder
     from .errors import ByolTimmError as ByolTimmError
     from .evaluation import extract_features as extract_features
     from .evaluation import knn as knn
     from .evaluation import train_classifier as train_classifier
-    from .hub import push_encoder as push_encoder
-    from .hub import register as register
-    from .hub import save_encoder as save_encoder
     from .pretraining import pretrain as pretrain
+    from .views import TwoViews as TwoViews
 
 __version__ = "0.1.0"
 
@@ -23,14 +23,14 @@ _HOMES = {
     "BYOL": "byol",
     "ByolTimmError": "errors",
     "PretrainConfig": "config",
-    "TwoViews": "augment",
-    "create_encoder": "encoder",
+    "TwoViews": "views",
+    "create_encoder": "encoders",
     "extract_features": "evaluation",
     "knn": "evaluation",
     "pretrain": "pretraining",
-    "push_encoder": "hub",
-    "register": "hub",
-    "save_encoder": "hub",
+    "push_encoder": "encoders",
+    "register": "encoders",
+    "save_encoder": "encoders",
     "train_classifier": "evaluation",
 }
 __all__ = sorted(_HOMES)

@@ -1,6 +1,7 @@
 """`accelerate launch -m byol_timm --backbone resnet18`: what recipes/pretrain.py does, for users without a clone."""
 
-from .config import PretrainConfig, parse, run
+from .cli import parse, run
+from .config import PretrainConfig
 
 
 def main() -> None:

@@ -25,20 +25,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .augment import AUGMENTATIONS, TwoViews
 from .byol import BYOL
-from .data import Batch, TrainingBatches, copied_ahead
-from .encoder import create_encoder, encoder_width, has_convolutions
+from .data import Batch, Images, TrainingBatches, copied_ahead
+from .encoders import create_encoder, encoder_width, has_convolutions
 from .errors import ByolTimmError
-from .launch import create_accelerator, prepare
-from .optim import create_optimizer
 from .peers import STEPS, TAKE_CHANNELS_LAST, TAKES_BATCHES, VIEWS
-from .pretraining import DeviceViews, train_step
-from .sources import Images
+from .training import DeviceViews, create_accelerator, create_optimizer, prepare, train_step
+from .views import AUGMENTATIONS, TwoViews
 
 Clock = Literal["wall", "cpu"]
 Work = Callable[[], int]
-
 OURS, FLOOR, NETWORKS = "byol_timm", "bare backbone", "bare backbone and heads"
 # Images larger than this seldom fit in memory all together.
 IN_MEMORY = 96

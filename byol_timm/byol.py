@@ -7,9 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .encoder import encoder_width
+from .encoders import encoder_width
 from .errors import ByolTimmError
-from .metrics import feature_std
 
 # Label-free figures of health beside the loss, scalars without gradient.
 HEALTH = ("agreement", "feature_std", "projection_std")
@@ -148,3 +147,14 @@ def regression_loss(prediction: Tensor, projection: Tensor) -> Tensor:
 def target_decay(step: int, total_steps: int, base: float) -> float:
     """tau of the step: from `base` at step 0 to 1 at the end, along a cosine (Grill et al. 2020, section 3.2)."""
     return 1 - (1 - base) * (math.cos(math.pi * step / total_steps) + 1) / 2
+
+
+@torch.no_grad()
+def feature_std(features: Tensor) -> Tensor:
+    """Spread of features [B, d] over the batch, scalar: 1 when directions are isotropic, 0 when all are the same.
+
+    The standard deviation of each dimension of the l2-normalised rows, averaged and multiplied by sqrt(d), as in
+    SimSiam (Chen & He 2020, section 4.1). float32 also under autocast; nothing waits for the device.
+    """
+    rows = torch.nn.functional.normalize(features.float(), dim=1)
+    return rows.std(0, correction=0).mean() * math.sqrt(features.shape[1])

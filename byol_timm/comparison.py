@@ -18,11 +18,9 @@ import torch
 from scipy import stats
 from torch import nn
 
-from .augment import EvaluationTransform
-from .checkpoint import compare_config, lock_folder, prepare_output_dir
-from .config import PretrainConfig
-from .defaults import check, crop_pct, normalization, resolve_images, resolve_training
-from .encoder import fit_backbone, has_convolutions, has_residual_init
+from .config import PretrainConfig, check
+from .data import Images, Splits, fingerprint
+from .encoders import fit_backbone, has_convolutions, has_residual_init, load_encoder, normalization
 from .errors import ByolTimmError
 from .evaluation import (
     PROTOCOLS,
@@ -34,11 +32,11 @@ from .evaluation import (
     label_subset,
     train_classifier,
 )
-from .hub import load_encoder
-from .metrics import write_json
-from .pretraining import MAY_CHANGE, initial_encoder, open_images, pretrain
+from .files import write_json
+from .pretraining import MAY_CHANGE, initial_encoder, open_images, pretrain, resolve_images, resolve_training
 from .report import save_bars, save_label_efficiency
-from .sources import Images, Splits, fingerprint
+from .training import compare_config, lock_folder, prepare_output_dir
+from .views import EvaluationTransform, crop_pct
 
 logger = logging.getLogger(__name__)
 
@@ -49,8 +47,6 @@ COLUMNS = (
     *("start", "images", "mode", "labels", "seed", "train_images", "test_images"),
     *("top1", "top1_low", "top1_high", "mean_per_class", "chosen", "seconds", "zero_init_last"),
 )
-
-
 # Light where the encoder is frozen, dark where it is fine-tuned.
 COLORS = {"random": ("#a8a8a8", "#4d4d4d"), "pretrained": ("#7cc29a", "#21683f"), "BYOL": ("#7fb0e0", "#1d4f8a")}
 

@@ -1,24 +1,13 @@
 """Settings: frozen dataclasses whose fields are command-line flags and the keys of YAML presets."""
 
-import contextlib
 import dataclasses
-import difflib
-import io
-import logging
-import os
-import signal
-import sys
-import tempfile
-import time
-import traceback
-from collections.abc import Callable, Sequence
+import math
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import yaml
 
-from . import errors
-from .errors import ByolTimmError, one_line
+from .errors import ByolTimmError
 
 Config = TypeVar("Config")
 
@@ -196,45 +185,6 @@ class EvaluationConfig:
     """Show the traceback of an error."""
 
 
-def parse(config_class: type[Config], argv: Sequence[str] | None = None) -> Config:
-    """The settings that the command line asks for: defaults, then the preset or YAML file of `--config`, then flags.
-
-    Raises `ByolTimmError` for an unknown flag, key or preset (with the nearest valid name) and for a value of the wrong
-    type.
-    """
-    import tyro
-
-    argv = list(sys.argv[1:] if argv is None else argv)
-    named, argv = _take_config(argv)
-    fields = dataclasses.fields(config_class)  # type: ignore[arg-type]
-    names = [field.name for field in fields]
-    _check_flags(argv, names)
-    if named is not None:
-        switches = {field.name for field in fields if field.type is bool}
-        argv = [*_file_arguments(_config_file(named), names, switches), *argv]
-    output = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(output):
-            return tyro.cli(config_class, args=argv, use_underscores=True)
-    except BrokenPipeError:
-        # The help went into a pager that was left. Python would fail once more as it empties stdout at its end.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise SystemExit(128 + signal.SIGPIPE) from None
-    except SystemExit as stop:
-        if stop.code in (0, None):
-            raise
-        raise ByolTimmError(_plain(output.getvalue())) from None
-
-
-def presets() -> dict[str, Path]:
-    """The YAML files that `--config` finds by name: `recipes/presets` of a clone, or what the wheel has of it."""
-    package = Path(__file__).parent
-    folder = package / "presets"
-    if not folder.is_dir():
-        folder = package.parent / "recipes" / "presets"
-    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
-
-
 def data_settings(config: Any) -> dict[str, Any]:
     """The settings that say which images are meant, as `open_dataset` and `open_stream` take them."""
     names = ("split", "image_column", "label_column", "value_range")
@@ -253,149 +203,63 @@ def to_yaml(config: Any) -> str:
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
 
 
-def output_folder(path: str | Path) -> Path:
-    """The folder that --output names, made and written to before the work whose results it takes."""
-    folder = Path(path)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        raise ByolTimmError(f"cannot write to {folder} ({error.strerror}). Choose another --output") from error
-    return folder
+def output_dir(config: PretrainConfig) -> Path:
+    """The folder of the run: as asked, or `runs/BACKBONE-DATASET`."""
+    return Path(config.output_dir or f"runs/{_file_name(config.backbone)}-{_file_name(config.dataset)}")
 
 
-def output_file(path: str) -> Path:
-    """The file that --output names, in an `output_folder`."""
-    file = Path(path)
-    if file.is_dir():
-        raise ByolTimmError(f"--output takes a file and {file} is a folder. Name a file in it")
-    output_folder(file.parent)
-    return file
+def check(config: PretrainConfig) -> None:
+    """Refuse values that no run can have, before anything is read."""
+    positive = ("image_size", "in_chans", "epochs", "batch_size", "hidden_dim", "projection_dim", "save_every")
+    for name in (*positive, "log_every", "knn_every", "max_time", "shuffle_buffer", "num_images", "decoded_side"):
+        value = getattr(config, name)
+        if value is not None and value <= 0:
+            raise ByolTimmError(f"--{name} must be positive ({value})")
+    if config.batch_size == 1:
+        raise ByolTimmError("--batch_size must be 2 or more (1): BatchNorm compares the images of a batch")
+    for name in ("lr", "weight_decay", "warmup_epochs", "rotate", "workers", "memory_limit"):
+        value = getattr(config, name)
+        if value is not None and not 0 <= value < math.inf:
+            raise ByolTimmError(f"--{name} must be finite and not negative ({value})")
+    for name in ("target_decay", "flip", "jitter", "blur", "solarize", "crop_scale"):
+        value = getattr(config, name)
+        for number in value if isinstance(value, tuple) else (value,):
+            if number is not None and not 0 <= number <= 1:
+                raise ByolTimmError(f"--{name} must lie between 0 and 1 ({number})")
+    check_seed(config.seed)
+    if not 0 < config.image_share <= 1:
+        raise ByolTimmError(f"--image_share must lie above 0 and be at most 1 ({config.image_share})")
+    if config.crop_scale is not None and not 0 < config.crop_scale[0] <= config.crop_scale[1]:
+        raise ByolTimmError(f"--crop_scale takes the lowest and the highest area {config.crop_scale}")
+    for name in ("public", "push_training_state"):
+        if getattr(config, name) and config.push_to_hub is None:
+            raise ByolTimmError(f"--{name} is for --push_to_hub. Name a repository with that")
+    if config.pretrained and config.training_state is not None:
+        raise ByolTimmError(f"--training_state ({config.training_state}) replaces all weights. Leave out --pretrained")
+    for name in ("shuffle_buffer", "num_images"):
+        if getattr(config, name) is not None and not config.streaming:
+            raise ByolTimmError(f"--{name} ({getattr(config, name)}) is for --streaming. Leave it out")
+    if config.streaming and config.image_share != 1:
+        raise ByolTimmError(f"--image_share ({config.image_share:g}) needs all images. Leave out --streaming")
+    if config.streaming and config.memory_limit != PretrainConfig.memory_limit:
+        raise ByolTimmError(
+            f"--memory_limit ({config.memory_limit:g}) is for decoded images and --streaming holds none. "
+            "Use --shuffle_buffer"
+        )
+    if config.streaming and config.decoded_cache is not None:
+        raise ByolTimmError(f"--decoded_cache ({config.decoded_cache}) holds all images. Leave out --streaming")
+    if config.fast_jpeg and config.decoded_cache is not None:
+        raise ByolTimmError("--fast_jpeg saves nothing where images are decoded once. Leave out --decoded_cache")
+    if config.decoded_side is not None and config.decoded_cache is None:
+        raise ByolTimmError(f"--decoded_side ({config.decoded_side}) is for --decoded_cache. Name a folder with that")
+    if config.num_head_layers not in (None, 2, 3):
+        raise ByolTimmError(f"--num_head_layers is 2 or 3 ({config.num_head_layers})")
 
 
-def run(main: Callable[[], Any]) -> None:
-    """Call a recipe's `main`, its log on stdout; of `ByolTimmError` or Ctrl-C, one line on stderr and the exit code."""
-    package = logging.getLogger(__package__)
-    # A notebook runs its cells again.
-    package.handlers = [_Console()]
-    package.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.CRITICAL)
-    try:
-        main()
-    except ByolTimmError as error:
-        if "--debug" in sys.argv:
-            traceback.print_exc()
-        if os.environ.get("RANK", "0") == "0" or (not error.agreed and _is_alone()):
-            _tell(str(error))
-        raise SystemExit(error.exit_code) from None
-    except KeyboardInterrupt:
-        if "--debug" in sys.argv:
-            traceback.print_exc()
-        if os.environ.get("RANK", "0") == "0":
-            _tell("interrupted")
-        raise SystemExit(128 + signal.SIGINT) from None
+def check_seed(seed: int) -> None:
+    if not -(2**63) <= seed < 2**63:
+        raise ByolTimmError(f"--seed must fit into 64 bits ({seed})")
 
 
-def _tell(message: str) -> None:
-    text = " ".join(f"byol_timm: error: {message}".split())
-    print(text.encode(errors="backslashreplace").decode(), file=sys.stderr)
-
-
-def _is_alone() -> bool:
-    """Whether the first process goes on: had it failed too, the launcher would end this one within that time."""
-    time.sleep(errors.ALONE_SECONDS)
-    return True
-
-
-class _Console(logging.Handler):
-    """Messages as plain lines on stdout, above a progress bar where there is one."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        from tqdm import tqdm
-
-        prefix = "byol_timm: warning: " if record.levelno >= logging.WARNING else ""
-        line = f"{prefix}{record.getMessage()}".encode(sys.stdout.encoding or "utf-8", errors="backslashreplace")
-        tqdm.write(line.decode(sys.stdout.encoding or "utf-8"), file=sys.stdout)
-        sys.stdout.flush()
-
-
-def nearest(name: str, names: Sequence[str]) -> str:
-    """`name` of `names` that a typing error most likely meant, as the end of a sentence."""
-    near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-    return f"Did you mean {near[0]}?" if near else f"Known: {', '.join(names)}"
-
-
-def _take_config(argv: list[str]) -> tuple[str | None, list[str]]:
-    rest, named, index = [], None, 0
-    while index < len(argv):
-        token = argv[index]
-        if token == "--config":
-            if index + 1 == len(argv):
-                raise ByolTimmError(f"--config takes a YAML file or a preset: {', '.join(presets())}")
-            named, index = argv[index + 1], index + 2
-        elif token.startswith("--config="):
-            named, index = token.partition("=")[2], index + 1
-        else:
-            rest.append(token)
-            index += 1
-    return named, rest
-
-
-def _config_file(named: str) -> Path:
-    known = presets()
-    path = Path(named)
-    if named in known:
-        return known[named]
-    if path.is_file() or path.suffix in (".yaml", ".yml") or len(path.parts) > 1:
-        return path
-    near = difflib.get_close_matches(named, known, cutoff=0.5)
-    guess = f" Did you mean {' or '.join(near)}?" if near else ""
-    raise ByolTimmError(f"no preset {named!r}.{guess} Presets: {', '.join(known)}; or give a YAML file")
-
-
-def _check_flags(argv: list[str], names: list[str]) -> None:
-    for token in argv:
-        if token.startswith("--"):
-            flag = token[2:].partition("=")[0].replace("-", "_")
-            if flag not in (*names, "help") and flag.removeprefix("no_") not in names:
-                raise ByolTimmError(f"unknown flag {token.partition('=')[0]}. {nearest(flag, names)}")
-
-
-def _file_arguments(path: Path, names: list[str], switches: set[str]) -> list[str]:
-    """The settings of a YAML file as command-line arguments, so that both are read by one parser.
-
-    switches: settings that are on or off and take no value on the command line.
-    """
-    try:
-        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ByolTimmError(f"config file {path} cannot be read ({error.strerror})") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ByolTimmError(f"config file {path} is not YAML ({one_line(error)})") from error
-    if settings is None:
-        return []
-    if not isinstance(settings, dict):
-        raise ByolTimmError(f"config file {path} must hold `key: value` lines")
-    arguments: list[str] = []
-    for key, value in settings.items():
-        if key not in names:
-            raise ByolTimmError(f"unknown key {key!r} in {path}. {nearest(str(key), names)}")
-        if isinstance(value, bool) and key in switches:
-            arguments.append(f"--{key}" if value else f"--no_{key}")
-        elif isinstance(value, dict):
-            arguments += [f"--{key}", *(f"{k}={v}" for k, v in value.items())]
-        elif isinstance(value, list):
-            arguments += [f"--{key}", *map(str, value)]
-        else:
-            arguments += [f"--{key}", str(value)]
-    return arguments
-
-
-def _plain(message: str) -> str:
-    """The first paragraph of a boxed message of the parser, in one line."""
-    lines = [line.strip(" │") for line in message.splitlines() if not line.startswith(("╭", "╰"))]
-    paragraph: list[str] = []
-    for line in lines:
-        if line.startswith(("──", "Got errors")) or (paragraph and not line):
-            break
-        paragraph.append(line)
-    return " ".join(paragraph)
+def _file_name(text: str) -> str:
+    return Path(text.rpartition(":")[2]).name or "run"

@@ -1,6 +1,9 @@
 """The one error that byol_timm raises for faults its user can mend, and the text of others in one line."""
 
 import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
 SECRET_VALUE = re.compile(r"hf_[A-Za-z0-9]{20,}")
 REDACTED = "[redacted]"
@@ -26,3 +29,26 @@ def one_line(error: object) -> str:
     """What an error says, on one line of at most 200 characters and without tokens of the Hub."""
     text = " ".join(SECRET_VALUE.sub(REDACTED, str(error)).split())
     return text[:200] or type(error).__name__
+
+
+SECRET_KEY = re.compile(r"token|secret|password|(^|_)key(_|$)", re.IGNORECASE)
+
+
+def redact(value: Any) -> Any:
+    """`value` (JSON-like) without secrets and folders of this machine: neither tokens nor home or user names."""
+    if isinstance(value, Mapping):
+        # Numbers under such names, as `reg_tokens` of a network, are no secrets.
+        secret = {k for k, v in value.items() if SECRET_KEY.search(str(k)) and v and not isinstance(v, int | float)}
+        return {k: REDACTED if k in secret else redact(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [redact(item) for item in value]
+    if isinstance(value, Path):
+        value = str(value)
+    if isinstance(value, str):
+        # Names that Python could not decode in the locale of the run, which JSON cannot hold.
+        value = value.encode(errors="surrogateescape").decode(errors="replace")
+        if Path(value).is_absolute():
+            value = f".../{Path(value).name}"
+        value = SECRET_VALUE.sub(REDACTED, value)
+        return re.sub(r"(/home|/Users)/[^/\s]+", "~", value.replace(str(Path.home()) + "/", "~/"))
+    return value

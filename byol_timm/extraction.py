@@ -15,10 +15,10 @@ from pyarrow.parquet import write_table
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from .encoder import encoder_width
+from .data import Images, fingerprint
+from .encoders import encoder_width
 from .errors import ByolTimmError
 from .evaluation import Preparation, dataset_features
-from .sources import Images, fingerprint
 
 logger = logging.getLogger(__name__)
 

@@ -22,7 +22,6 @@ from .errors import ByolTimmError
 Array = NDArray[Any]
 Row = Mapping[str, Any]
 Image = Tensor | Array
-
 INK, QUIET, GRID = "#262626", "#858585", "#e6e6e6"
 BLUE, ORANGE, GREEN, RED = "#2f6db3", "#dd8434", "#3c9a62", "#c44e52"
 SERIES = (QUIET, BLUE, ORANGE, GREEN, RED, "#8063a8", "#4aa3b5", "#a6764c")
@@ -57,7 +56,6 @@ TSNE_IMAGES = 3000
 NAMED_CLASSES, WRITTEN_CELLS = 20, 12
 # Longer values stay in their file.
 LONGEST_VALUE = 300
-
 # Pictures of a run in the order of its page.
 CAPTIONS = {
     "curves.png": "How training went",
@@ -358,7 +356,7 @@ def save_report(folder: str | Path) -> Path:
     folder without any of them.
     """
     # Imported here, as it brings the Hub's client along.
-    from .card import redact
+    from .errors import redact
 
     folder = Path(folder)
     pictures = {path.name: path for path in sorted(folder.glob("*.png")) if not path.name.startswith(".")}

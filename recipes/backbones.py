@@ -23,8 +23,8 @@ import timm
 import torch
 from tqdm import tqdm
 
-from byol_timm.config import output_file, parse, run
-from byol_timm.encoder import (
+from byol_timm.cli import output_file, parse, run
+from byol_timm.encoders import (
     Fit,
     closest_backbones,
     encoder_width,

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-from byol_timm.config import output_file, parse, run
+from byol_timm.cli import output_file, parse, run
 
 
 @dataclass(frozen=True)
@@ -75,11 +75,10 @@ def main() -> None:
     import torch
 
     from byol_timm import benchmark
-    from byol_timm.cache import open_cache
-    from byol_timm.metrics import write_json
+    from byol_timm.data import open_cache, open_dataset
+    from byol_timm.files import write_json
     from byol_timm.peers import check_peers
     from byol_timm.report import save_costs
-    from byol_timm.sources import open_dataset
 
     check_peers(config.against)
     output = output_file(config.output) if config.output else None

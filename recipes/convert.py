@@ -14,7 +14,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from byol_timm.config import parse, run
+from byol_timm.cli import parse, run
 
 
 @dataclass(frozen=True)
@@ -50,8 +50,7 @@ class Convert:
 def main() -> None:
     config = parse(Convert)
 
-    from byol_timm.convert import convert_checkpoint
-    from byol_timm.encoder import parse_kwargs
+    from byol_timm.encoders import convert_checkpoint, parse_kwargs
 
     folder = convert_checkpoint(
         config.checkpoint,

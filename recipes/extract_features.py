@@ -13,7 +13,8 @@ import os
 from dataclasses import dataclass
 from typing import Literal
 
-from byol_timm.config import EvaluationConfig, output_folder, parse, run
+from byol_timm.cli import output_folder, parse, run
+from byol_timm.config import EvaluationConfig
 from byol_timm.errors import ByolTimmError
 
 

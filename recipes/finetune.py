@@ -8,7 +8,8 @@ Learning rate and epochs are chosen on held-out training images, never on the te
 
 from dataclasses import dataclass
 
-from byol_timm.config import EvaluationConfig, parse, run
+from byol_timm.cli import parse, run
+from byol_timm.config import EvaluationConfig
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,7 @@ class FinetuneConfig(EvaluationConfig):
 def main() -> None:
     config = parse(FinetuneConfig)
 
-    from byol_timm.summary import evaluate_classifier
+    from byol_timm.evaluation import evaluate_classifier
 
     evaluate_classifier(config, config.protocol, frozen=False)
 

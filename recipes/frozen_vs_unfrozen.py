@@ -10,7 +10,8 @@ folder holds `conclusion.md` (three sentences and a table), `results.csv`, `bars
 import dataclasses
 from dataclasses import dataclass
 
-from byol_timm.config import PretrainConfig, parse, run
+from byol_timm.cli import parse, run
+from byol_timm.config import PretrainConfig
 from byol_timm.errors import ByolTimmError
 
 FULL = dict(backbone="resnet18", label_shares=(0.01, 0.1, 0.5, 0.8, 1.0), image_shares=(0.1, 0.5, 0.8), seeds=(0, 1, 2))
@@ -68,7 +69,7 @@ def main() -> None:
     settings = dataclasses.replace(settings, **{k: v for k, v in chosen.items() if getattr(settings, k) is None})
 
     from byol_timm.comparison import Comparison, compare, conclusion, results_table
-    from byol_timm.defaults import output_dir
+    from byol_timm.config import output_dir
     from byol_timm.evaluation import PROTOCOLS
 
     pretraining = {field.name: getattr(settings, field.name) for field in dataclasses.fields(PretrainConfig)}

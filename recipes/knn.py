@@ -9,7 +9,8 @@ The whole training split is the bank, the whole held-out split the queries.
 from dataclasses import dataclass, replace
 from typing import Any
 
-from byol_timm.config import EvaluationConfig, parse, run
+from byol_timm.cli import parse, run
+from byol_timm.config import EvaluationConfig
 from byol_timm.errors import ByolTimmError
 
 
@@ -33,8 +34,16 @@ def main() -> None:
         if not getattr(config, name) > 0:
             raise ByolTimmError(f"--{name} must be positive ({getattr(config, name)})")
 
-    from byol_timm.evaluation import RawPixels, classification_metrics, dataset_features, knn_scores, open_evaluation
-    from byol_timm.summary import accuracy_lines, evaluation_folder, save_evaluation
+    from byol_timm.evaluation import (
+        RawPixels,
+        accuracy_lines,
+        classification_metrics,
+        dataset_features,
+        evaluation_folder,
+        knn_scores,
+        open_evaluation,
+        save_evaluation,
+    )
 
     folder = evaluation_folder(config.output) if config.output else None
     encoder, splits, preparation = open_evaluation(config)

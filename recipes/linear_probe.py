@@ -9,7 +9,8 @@ images, never on the test images.
 
 from dataclasses import dataclass
 
-from byol_timm.config import EvaluationConfig, parse, run
+from byol_timm.cli import parse, run
+from byol_timm.config import EvaluationConfig
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,7 @@ class ProbeConfig(EvaluationConfig):
 def main() -> None:
     config = parse(ProbeConfig)
 
-    from byol_timm.summary import evaluate_classifier
+    from byol_timm.evaluation import evaluate_classifier
 
     evaluate_classifier(config, config.protocol, frozen=True)
 

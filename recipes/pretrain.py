@@ -9,7 +9,7 @@ takes a YAML file or the name of one in recipes/presets, --dry_run says what a r
 """
 
 from byol_timm.__main__ import main
-from byol_timm.config import run
+from byol_timm.cli import run
 
 if __name__ == "__main__":
     run(main)

@@ -14,8 +14,8 @@ from typing import Annotated
 
 import tyro
 
-from byol_timm.config import parse, run
-from byol_timm.hub import CARD, ask_for_licence, files_to_push, push_encoder
+from byol_timm.cli import parse, run
+from byol_timm.encoders import CARD, ask_for_licence, files_to_push, push_encoder
 
 
 @dataclass(frozen=True)

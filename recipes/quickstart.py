@@ -10,7 +10,7 @@ import sys
 import timm
 
 from byol_timm import PretrainConfig, pretrain
-from byol_timm.config import run
+from byol_timm.cli import run
 
 FOLDER = "runs/quickstart"
 

@@ -11,7 +11,7 @@ from typing import Annotated
 
 import tyro
 
-from byol_timm.config import parse, run
+from byol_timm.cli import parse, run
 from byol_timm.report import save_report
 
 

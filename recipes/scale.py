@@ -22,13 +22,13 @@ from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from byol_timm import BYOL
-from byol_timm.augment import AUGMENTATIONS, TwoViews
 from byol_timm.byol import mlp, regression_loss
-from byol_timm.checkpoint import optimizer_tensors, save_checkpoint
-from byol_timm.config import output_file, parse, run
-from byol_timm.encoder import encoder_width, fit_backbone, is_patch_transformer
+from byol_timm.cli import output_file, parse, run
+from byol_timm.data import open_dataset
+from byol_timm.encoders import encoder_width, fit_backbone, is_patch_transformer
 from byol_timm.errors import ByolTimmError
-from byol_timm.sources import open_dataset
+from byol_timm.training import optimizer_tensors, save_checkpoint
+from byol_timm.views import AUGMENTATIONS, TwoViews
 
 GIGA, MEGA = 1e9, 1e6
 # Forward passes that a training image is worth, of which a backward pass is two: BYOL takes two views through two

@@ -8,9 +8,9 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from byol_timm.byol import BYOL, mlp, normalize, regression_loss, target_decay
-from byol_timm.encoder import freeze_parts
+from byol_timm.encoders import freeze_parts
 from byol_timm.errors import ByolTimmError
-from byol_timm.optim import create_optimizer
+from byol_timm.training import create_optimizer
 
 
 def small_byol(name="test_resnet", **kwargs):

@@ -4,7 +4,8 @@ import sys
 
 import pytest
 
-from byol_timm.config import PretrainConfig, parse, to_yaml
+from byol_timm.cli import parse
+from byol_timm.config import PretrainConfig, to_yaml
 from byol_timm.errors import ByolTimmError
 
 

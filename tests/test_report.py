@@ -11,7 +11,6 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from byol_timm.augment import AUGMENTATIONS, TwoViews
 from byol_timm.errors import ByolTimmError
 from byol_timm.report import (
     save_bars,
@@ -23,6 +22,7 @@ from byol_timm.report import (
     save_report,
     save_views,
 )
+from byol_timm.views import AUGMENTATIONS, TwoViews
 
 ROW = dict(
     epoch=0.0,

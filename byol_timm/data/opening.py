@@ -1,0 +1,173 @@
+"""Images in: digits, folders, tables and data sets of the Hub as images in a fixed order, with labels if there are."""
+
+import importlib.util
+import math
+import re
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from ..errors import ByolTimmError
+from .decoding import Reduction, ValueRange
+from .folders import TABLES, _folder, scan
+from .images import TEST_NAMES, TRAIN, Array, Images, Splits, _Part
+from .tables import _columns, _load_tables
+
+HELD_OUT, DIGITS_HELD_OUT = 0.1, 0.2
+HUB_ID = r"(?!.*\.(parquet|arrow|tar)$)[\w-][\w.-]*(/[\w-][\w.-]*)?"
+
+
+def open_dataset(
+    dataset: str = "digits",
+    *,
+    config: str | None = None,
+    split: str | None = None,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    in_chans: int = 3,
+    value_range: ValueRange = None,
+    seed: int = 0,
+    hold_out: bool = True,
+) -> Splits:
+    """The images that `dataset` names: `digits`, a folder of images, parquet or arrow files, or a Hub dataset id.
+
+    `digits` are scikit-learn's 1,797 scans. The classes of a folder are its first-level folders, its splits folders
+    `train` and `test` (or `validation`, `valid`, `val`). Without a labelled test split, a tenth of every class is held
+    out by `seed`; without labels nothing is, nor with `hold_out` False, which takes no other split to test on either.
+    `in_chans` is 1 (grey), 3 (RGB), 4 (RGBA), or as many channels as TIFF stacks and arrays have. `value_range` is what
+    becomes black and white of images of more than 8 bits. Raises `ByolTimmError`.
+    """
+    check_value_range(dataset, value_range)
+    path = Path(dataset).expanduser()
+    files = scan(path) if path.is_dir() and dataset != "digits" else None
+    held_out = HELD_OUT
+    if files and files.tables and files.images:
+        count = f"{files.tables} tables and {len(files.images)} images"
+        raise ByolTimmError(f"data folder {dataset} holds {count}. Give the folder of one kind")
+    if dataset == "digits" or (files and not files.tables):
+        for flag, value in dict(dataset_config=config, image_column=image_column, label_column=label_column).items():
+            if value is not None:
+                raise ByolTimmError(f"--{flag} ({value}) is for tables and {dataset} is none. Leave it out")
+    if dataset == "digits":
+        parts, held_out = _digits(), DIGITS_HELD_OUT
+    elif files and not files.tables:
+        parts = _folder(path, files, split)
+    elif path.is_file() and path.suffix not in TABLES:
+        raise ByolTimmError(f"dataset {dataset} is a file. Give a folder of images, or a .parquet or .arrow file")
+    elif path.exists() or re.fullmatch(HUB_ID, dataset):
+        parts = _columns(_load_tables(dataset, path, config), dataset, image_column, label_column)
+    else:
+        raise ByolTimmError(f"data folder {dataset} does not exist. Check --dataset")
+    splits = _choose(parts, dataset, split, in_chans, seed, held_out if hold_out else None)
+    test = replace(splits.test, value_range=value_range) if splits.test else None
+    return Splits(replace(splits.train, value_range=value_range), test, splits.note)
+
+
+def check_value_range(dataset: str, value_range: ValueRange) -> None:
+    if value_range is None:
+        return
+    low, high = value_range
+    if not 0 < high - low < math.inf:
+        raise ByolTimmError(f"--value_range takes what becomes black and what becomes white ({low:g} {high:g})")
+    if dataset == "digits":
+        raise ByolTimmError(f"--value_range ({low:g} {high:g}) is for more than 8 bits, digits have 4. Leave it out")
+
+
+def hub_id(dataset: str) -> str | None:
+    """`dataset` where `open_dataset` takes it for the id of a data set on the Hub."""
+    here = dataset == "digits" or Path(dataset).expanduser().exists()
+    return dataset if not here and re.fullmatch(HUB_ID, dataset) else None
+
+
+# Sources
+
+
+@dataclass(frozen=True)
+class _Pixels:
+    """Grey images in memory, uint8 [N, H, W]."""
+
+    pixels: Array
+
+    def read(self, row: int, channels: int, reduction: Reduction | None, value_range: ValueRange) -> Array:
+        return self.pixels[row][None].repeat(channels, axis=0)
+
+    def side(self, row: int) -> int:
+        return max(self.pixels.shape[1:])
+
+    def highest(self, row: int) -> int | None:
+        return None
+
+    def describe(self, row: int) -> str:
+        return f"image {row}"
+
+    def identity(self, rows: Array) -> Iterable[bytes]:
+        return [self.pixels[rows].tobytes()]
+
+
+def _choose(
+    parts: dict[str, _Part], name: str, split: str | None, channels: int, seed: int, held_out: float | None
+) -> Splits:
+    """Training images and, where there are labels and a share to hold out, test images."""
+    train_name = train_split(parts, name, split)
+    train = _images(parts[train_name], name, channels, parts[train_name].class_names)
+    if not len(train):
+        raise ByolTimmError(f"dataset {name} has no rows in split {train_name}. Check --dataset and --split")
+    note = f"split {train_name}, " if len(parts) > 1 else ""
+    if train.labels is None:
+        return Splits(train, None, f"{note}unlabelled: no evaluation")
+    note += f"{len(train.class_names)} classes"
+    if held_out is None:
+        return Splits(train, None, note)
+    for test_name in TEST_NAMES:
+        if test_name in parts and test_name != train_name:
+            test = _images(parts[test_name], name, channels, train.class_names)
+            if test.labels is not None:
+                return Splits(train, test, f"{note}; evaluation on split {test_name} ({len(test):,} images)")
+    test_rows = _hold_out(train.labels, held_out, seed)
+    if not len(test_rows):
+        return Splits(train, None, f"{note}; no class has two images: no evaluation")
+    kept = np.setdiff1d(np.arange(len(train)), test_rows)
+    note += f"; {len(test_rows):,} more, {held_out:.0%} of every class, held out for evaluation"
+    return Splits(train.subset(kept), train.subset(test_rows), note)
+
+
+def train_split(parts: Collection[str], name: str, split: str | None) -> str:
+    """The split to train on: as asked, or `train`, or the only one; raises `ByolTimmError`."""
+    if split is None and TRAIN not in parts and len(parts) > 1:
+        raise ByolTimmError(f"dataset {name} has no split train, only {', '.join(parts)}. Choose one with --split")
+    chosen = split or (TRAIN if TRAIN in parts else next(iter(parts)))
+    if chosen not in parts:
+        raise ByolTimmError(f"dataset {name} has no split {chosen}. Choose one with --split: {', '.join(parts)}")
+    return chosen
+
+
+def _images(part: _Part, name: str, channels: int, class_names: tuple[str, ...]) -> Images:
+    labels = None
+    if part.classes is not None:
+        numbers: dict[str | None, int] = {label: number for number, label in enumerate(class_names)}
+        labels = np.array([numbers.get(label, -1) for label in part.classes], dtype=np.int64)
+        if not (labels >= 0).any():
+            labels = None
+    return Images(name, channels, labels, class_names if labels is not None else (), part.source, np.arange(part.size))
+
+
+def _hold_out(labels: Array, share: float, seed: int) -> Array:
+    """Sorted indices of that share of every class, at least one where a class has more."""
+    random = np.random.default_rng(seed % 2**64)
+    chosen = [np.empty(0, dtype=np.int64)]
+    for label in np.unique(labels[labels >= 0]):
+        members = np.flatnonzero(labels == label)
+        count = min(max(1, round(share * len(members))), len(members) - 1)
+        chosen.append(random.permutation(members)[:count])
+    return np.sort(np.concatenate(chosen))
+
+
+def _digits() -> dict[str, _Part]:
+    # Not through scikit-learn, whose import takes as long as torch's.
+    [package] = importlib.util.find_spec("sklearn").submodule_search_locations  # type: ignore[union-attr, misc]
+    table = np.loadtxt(Path(package, "datasets", "data", "digits.csv.gz"), delimiter=",")
+    pixels = np.rint(table[:, :-1].reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)
+    classes = [str(label) for label in table[:, -1].astype(int)]
+    return {TRAIN: _Part(_Pixels(pixels), len(pixels), classes, tuple(map(str, range(10))))}

@@ -1,0 +1,217 @@
+"""Batches of a stream: more images than memory holds, in an order that is a function of the seed and the step."""
+
+import contextlib
+import itertools
+import queue
+import threading
+from collections.abc import Callable, Generator, Iterable, Iterator
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..errors import ByolTimmError
+from .batches import Batch, check_batch, epoch_order
+from .decoding import BadImage
+from .images import Images, readable
+from .streams import Stream, decode_content
+from .workers import BadImages, OnBadImage, in_workers, worker_count
+
+# Parts of the stream that are read side by side: what processes share among them.
+MAX_LANES = 64
+# Seconds in which shards must give something.
+TIMEOUT = 600.0
+# The numbers of rows, and the encoded images in them.
+Rows = list[tuple[int, bytes | None]]
+
+
+class StreamBatches:
+    """Endless batches of one process from a stream, from optimizer step `start_step` on; what `TrainingBatches` is.
+
+    The order of an epoch: its shards are permuted, as many of their images as fill global batches are cut out at a
+    random place, and these into lanes of equal length: a power of two that divides the global batch, at most 64 and not
+    more than shards, or one lane where it is unknown how many rows shards have. Images are permuted within blocks of a
+    lane, of `shuffle_buffer` images over all lanes. The global batch of a step is equally many images of every lane,
+    lane after lane, and processes take their slices of it as in `TrainingBatches`: the order is a function of the seed
+    and the step, whatever the number of processes and workers.
+    A process reads the lanes that its slices lie in, and holds a block of each, encoded. An image that cannot be read
+    is replaced by one of `bank` that its ordinal chooses, and noted in `bad`; too many end it all, as there.
+    """
+
+    def __init__(
+        self,
+        stream: Stream,
+        bank: Images,
+        *,
+        batch_size: int,
+        global_batch: int,
+        cut: Callable[[Tensor, int], Tensor],
+        reduction: Callable[[int, int, int], int] | None = None,
+        rank: int = 0,
+        world: int = 1,
+        seed: int = 0,
+        start_step: int = 0,
+        workers: int | None = None,
+        shuffle_buffer: int = 10_000,
+        on_bad_image: OnBadImage = "skip",
+    ) -> None:
+        check_batch(len(stream), batch_size, global_batch, world)
+        self.stream, self.bank, self.seed, self.start_step = stream, bank, seed, start_step
+        self.batch_size, self.global_batch, self.rank, self.world = batch_size, global_batch, rank, world
+        self.workers, self.shuffle_buffer = workers, shuffle_buffer
+        self.bad = BadImages(stream.name, len(stream), on_bad_image)
+        self.lanes = 1
+        while stream.has_counts and 2 * self.lanes <= min(MAX_LANES, len(stream.shards)):
+            if global_batch % (2 * self.lanes):
+                break
+            self.lanes *= 2
+        self._cut, self._reduction = cut, reduction
+        self._running: Generator[Batch] | None = None
+
+    def __iter__(self) -> Iterator[Batch]:
+        self.close()
+        self._running = self._batches()
+        return self._running
+
+    def __enter__(self) -> "StreamBatches":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the workers and the reading."""
+        if self._running is not None:
+            self._running.close()
+            self._running = None
+
+    def _batches(self) -> Generator[Batch]:
+        crops = self._cut(next(readable(self.bank, 100, self.bank.decode)), 0)
+        reader = _CropReader(self.stream, self.bank, self._cut, self._reduction, self.seed)
+        # Read ahead are half as many images as are held in blocks.
+        ahead = _read_ahead(self._requests(), max(2, self.shuffle_buffer // (2 * self.world * self.batch_size)))
+        answers = in_workers(reader, ahead, worker_count(self.workers), crops.numel() * self.batch_size)
+        seen = replaced = 0
+        with contextlib.closing(ahead), contextlib.closing(answers):
+            for crops, ordinals, bad in answers:
+                self.bad.note(bad)
+                seen += len(ordinals)
+                replaced += len(bad)
+                self.bad.check(replaced, seen)
+                self.bad.check(len(self.bad), len(self.stream))
+                yield Batch(None, crops, ordinals)
+
+    def _requests(self) -> Iterator[tuple[Tensor, Rows]]:
+        """Ordinals and rows of every micro-batch of this process."""
+        n, width, steps = len(self.stream), self.global_batch // self.lanes, len(self.stream) // self.global_batch
+        slices = [range(self.global_batch)[start:][: self.batch_size] for start in self._starts()]
+        mine = sorted({place // width for places in slices for place in places})
+        for step in itertools.count(self.start_step):
+            epoch, done = divmod(step, steps)
+            if done == 0 or step == self.start_step:
+                lanes = {lane: self._lane(epoch, lane, steps * width, done * width) for lane in mine}
+            rows: dict[int, tuple[int, bytes | None]] = {}
+            for lane in mine:
+                rows |= enumerate(itertools.islice(lanes[lane], width), lane * width)
+            for places in slices:
+                ordinals = torch.tensor(places) + done * self.global_batch + epoch * n
+                yield ordinals, [rows[place] for place in places]
+
+    def _starts(self) -> range:
+        """Where in a global batch the micro-batches of this process start."""
+        return range(self.rank * self.batch_size, self.global_batch, self.world * self.batch_size)
+
+    def _lane(self, epoch: int, lane: int, length: int, start: int) -> Iterator[tuple[int, bytes | None]]:
+        """The rows of a lane in that epoch, `length` in all, from `start` on."""
+        block = max(1, self.shuffle_buffer // self.lanes)
+        first = start - start % block
+        unused = len(self.stream) % self.global_batch
+        skipped = np.random.default_rng((self.seed % 2**64, epoch, 1 + MAX_LANES)).integers(unused + 1)
+        begins = int(skipped) + lane * length
+        shards = epoch_order(self.seed, epoch, len(self.stream.shards)).numpy()
+        rows = self.stream.rows(shards, begins + first)
+        for begin in range(first, length, block):
+            held = list(itertools.islice(rows, min(block, length - begin)))
+            if len(held) < min(block, length - begin):
+                found = begins + begin + len(held) + self.stream.held_out
+                raise ByolTimmError(
+                    f"{self.stream.name} ended after {found} images. Start anew with --num_images {found}"
+                )
+            order = np.random.default_rng((self.seed % 2**64, epoch, 1 + lane, begin)).permutation(len(held))
+            # From the end, so that images are let go as they are passed on.
+            held = [held[place] for place in order[max(0, start - begin) :][::-1]]
+            while held:
+                yield held.pop()
+
+
+def _read_ahead(items: Iterable[Any], depth: int) -> Generator[Any]:
+    """The same items, read by a thread, up to `depth` of them in advance."""
+    ready: queue.Queue[tuple[Any, BaseException | None]] = queue.Queue(depth)
+    ended = threading.Event()
+
+    def put(item: Any, error: BaseException | None = None) -> None:
+        while not ended.is_set():
+            with contextlib.suppress(queue.Full):
+                return ready.put((item, error), timeout=0.1)
+
+    def read() -> None:
+        try:
+            for item in items:
+                put(item)
+                if ended.is_set():
+                    return
+        except BaseException as error:
+            put(None, error)
+
+    thread = threading.Thread(target=read, daemon=True)
+    thread.start()
+    try:
+        while True:
+            item, error = ready.get(timeout=TIMEOUT)
+            if error is not None:
+                raise error
+            yield item
+    except queue.Empty:
+        raise ByolTimmError(f"the shards gave nothing for {TIMEOUT:.0f} s. Check the connection") from None
+    finally:
+        ended.set()
+        thread.join(timeout=5)
+
+
+class _CropReader:
+    """Answers a request for rows with crops, their ordinals, and the rows whose images had to be replaced."""
+
+    def __init__(
+        self,
+        stream: Stream,
+        bank: Images,
+        cut: Callable[[Tensor, int], Tensor],
+        reduction: Callable[[int, int, int], int] | None,
+        seed: int,
+    ) -> None:
+        self.stream, self.bank, self.cut, self.reduction, self.seed = stream, bank, cut, reduction, seed
+
+    def __getitem__(self, request: tuple[Tensor, Rows]) -> tuple[Tensor, Tensor, dict[int, str]]:
+        ordinals, rows = request
+        crops: list[Tensor] = []
+        bad: dict[int, str] = {}
+        for ordinal, (number, content) in zip(ordinals.tolist(), rows, strict=True):
+            reduction = self.reduction and partial(self.reduction, ordinal)
+            try:
+                pixels = decode_content(content, self.stream.channels, reduction, self.stream.value_range)
+                image = torch.from_numpy(pixels)
+            except BadImage as reason:
+                bad[number] = f"{self.stream.describe(number)}: {reason}"
+                image = self._another(ordinal)
+            crops.append(self.cut(image, ordinal))
+        return torch.stack(crops), ordinals, bad
+
+    def _another(self, ordinal: int) -> Tensor:
+        """An image of the bank, some of which have been read before."""
+        place = int(np.random.default_rng((self.seed % 2**64, ordinal)).integers(len(self.bank)))
+        while True:
+            with contextlib.suppress(BadImage):
+                return self.bank.decode(place % len(self.bank))
+            place += 1

@@ -1,0 +1,95 @@
+"""Classification metrics and labelled subsets."""
+
+import math
+import statistics
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ..data import Images
+from ..errors import ByolTimmError
+
+Array = NDArray[Any]
+Labels = Tensor | NDArray[np.int64]
+
+
+# Labels and figures
+
+
+def label_subset(labels: Labels, fraction: float, seed: int) -> Array:
+    """Sorted indices of that share (0 to 1) of every class's images, at least one; unlabelled ones (-1) are left out.
+
+    A smaller share of the same seed is part of a larger one.
+    """
+    if not 0 < fraction <= 1:
+        raise ByolTimmError(f"a share of labels lies above 0 and is at most 1 ({fraction})")
+    labels = np.asarray(labels)
+    chosen = [np.empty(0, dtype=np.int64)]
+    for label in np.unique(labels[labels >= 0]):
+        members = np.flatnonzero(labels == label)
+        order = np.random.default_rng((seed % 2**64, int(label))).permutation(members)
+        chosen.append(order[: max(1, round(fraction * len(members)))])
+    return np.sort(np.concatenate(chosen))
+
+
+def classification_metrics(scores: Tensor, labels: Labels) -> dict[str, Any]:
+    """What the scores [N, classes] of a classifier are worth, as numbers for JSON; images with label -1 do not count.
+
+    `images`; `top1` with its 95 % interval `top1_interval` (Wilson); `top5`, None for less than 6 classes; `per_class`
+    accuracies, None for a class without images, and their mean `mean_per_class`; `confusion` counts, a row per true
+    class. Of equal scores the first class counts as higher. A class with score -inf is never right, nor is one that
+    the classifier does not have.
+    """
+    labels = torch.as_tensor(labels).cpu()
+    known = _labelled(labels, "classify")
+    scores, labels = scores.detach().cpu()[known], labels[known]
+    if scores.isnan().any():
+        raise ByolTimmError("the classifier's outputs are not numbers: training diverged. Lower its learning rate")
+    scores = F.pad(scores, (0, max(0, int(labels.max()) + 1 - scores.shape[1])), value=-math.inf)
+    classes = scores.shape[1]
+    own = scores.gather(1, labels[:, None])
+    ahead = (scores > own) | ((scores == own) & (torch.arange(classes) < labels[:, None]))
+    rank = ahead.sum(1).masked_fill(own[:, 0] == -math.inf, classes)
+    confusion = torch.bincount(labels * classes + scores.argmax(1), minlength=classes**2).view(classes, classes)
+    correct = int((rank == 0).sum())
+    shares = (confusion.diag().double() / confusion.sum(1)).tolist()
+    per_class = [None if math.isnan(share) else share for share in shares]
+    return {
+        "images": len(labels),
+        "top1": correct / len(labels),
+        "top1_interval": confidence_interval(correct, len(labels)),
+        "top5": (rank < 5).double().mean().item() if classes > 5 else None,
+        "mean_per_class": statistics.fmean(share for share in per_class if share is not None),
+        "per_class": per_class,
+        "confusion": confusion.tolist(),
+    }
+
+
+def confidence_interval(correct: int, total: int) -> tuple[float, float]:
+    """Wilson's 95 % interval for the share of which `correct` of `total` is a sample."""
+    z = statistics.NormalDist().inv_cdf(0.975)
+    share, weight = correct / total, z**2 / total
+    center, half = share + weight / 2, z * math.sqrt(share * (1 - share) / total + weight / (4 * total))
+    return (center - half) / (1 + weight), (center + half) / (1 + weight)
+
+
+def _accuracy(scores: Tensor, labels: Tensor) -> float:
+    return (scores.argmax(1) == labels).double().mean().item()
+
+
+def _labels_of(images: Images, purpose: str) -> Array:
+    if images.labels is None:
+        raise ByolTimmError(f"the images of {images.name} to {purpose} have no labels. Evaluation needs them")
+    _labelled(torch.as_tensor(images.labels), purpose)
+    return images.labels
+
+
+def _labelled(labels: Tensor, purpose: str) -> Tensor:
+    known = labels >= 0
+    if not known.any():
+        raise ByolTimmError(f"none of the {len(labels)} images to {purpose} has a label. Evaluation needs labels")
+    return known

@@ -1,0 +1,341 @@
+"""Checkpoints that survive a kill at any moment: written beside, verified by hash, renamed into place, nothing pickled.
+
+A checkpoint is a folder `step-N` of safetensors files, `state.json` and `manifest.json`, which holds the size and
+sha256 of every file and its own. Names decide their order, never clocks.
+"""
+
+import dataclasses
+import errno
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+import threading
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from ..errors import ByolTimmError
+from ..files import _digest, _sync, seal
+
+logger = logging.getLogger(__name__)
+
+FORMAT = 1
+_MANIFEST = "manifest.json"
+_STATE = "state.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """What `load_latest` found: tensors on the CPU by file and name, and the JSON state saved with them.
+
+    skipped: newer checkpoints that are damaged, each as "step-120: what is wrong".
+    """
+
+    step: int
+    tensors: dict[str, dict[str, Tensor]]
+    state: dict[str, Any]
+    path: Path
+    skipped: tuple[str, ...]
+
+
+def save_checkpoint(
+    folder: Path,
+    step: int,
+    tensors: Mapping[str, Mapping[str, Tensor]],
+    state: Mapping[str, Any],
+    *,
+    keep: int = 2,
+) -> Path:
+    """Save `folder/step-N`, whole or not at all, then remove all but the newest `keep` (at least 2) up to this step.
+
+    tensors: one safetensors file for each key. state: anything JSON holds. A good `step-N` that exists already stays as
+    it is, since a step of a run has one outcome. Raises `ByolTimmError` when the disk is full or fails; what was there
+    before is then untouched.
+    """
+    files = {f"{name}.safetensors": _on_host(group) for name, group in tensors.items()}
+    return _write(folder, step, files, json.dumps(state), keep)
+
+
+def load_latest(folder: Path) -> Checkpoint | None:
+    """The newest checkpoint in `folder` that is whole to the last bit, or None; clears what killed saves left behind.
+
+    Raises `ByolTimmError` for a checkpoint that a newer byol_timm wrote, and when every checkpoint is damaged.
+    """
+    if not folder.is_dir():
+        return None
+    for leftover in folder.glob(".tmp-*"):
+        shutil.rmtree(leftover, ignore_errors=True)  # every process of a run may be sweeping
+    skipped: list[str] = []
+    for step in reversed(_steps(folder)):
+        try:
+            checkpoint = _load(folder / f"step-{step}")
+        except _Damaged as error:
+            skipped.append(f"step-{step}: {error}")
+            continue
+        return dataclasses.replace(checkpoint, skipped=tuple(skipped))
+    if skipped:
+        raise ByolTimmError(f"no good checkpoint in {folder} ({'; '.join(skipped)}). Start anew with --overwrite")
+    return None
+
+
+def load_checkpoint(path: Path, groups: Collection[str]) -> Checkpoint:
+    """These groups of tensors, and the state, of the checkpoint `path`, which anybody may have written.
+
+    Raises `ByolTimmError` where they are not whole to the last bit.
+    """
+    try:
+        return _load(path, {_STATE, *(f"{name}.safetensors" for name in groups)})
+    except _Damaged as error:
+        raise ByolTimmError(f"{path} is no good checkpoint ({error}). Name one as RUN/checkpoints/step-N") from error
+
+
+class CheckpointWriter:
+    """Saves checkpoints from a background thread, one at a time; training waits only for the copy to host memory.
+
+    An error of the thread is raised by the next `save` or `close`. As a context manager it closes at the end.
+    """
+
+    def __init__(self, folder: Path, *, keep: int = 2) -> None:
+        self.folder = folder
+        self.keep = keep
+        self._thread: threading.Thread | None = None
+        self._error: Exception | None = None
+
+    def save(self, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> None:
+        """Take a copy of everything now and write it as `save_checkpoint` does; joins an earlier save first."""
+        self.close()
+        files = {f"{name}.safetensors": _on_host(group) for name, group in tensors.items()}
+        text = json.dumps(state)
+
+        def write() -> None:
+            try:
+                _write(self.folder, step, files, text, self.keep)
+            except Exception as error:
+                self._error = error
+
+        self._thread = threading.Thread(target=write, name=f"save-step-{step}")
+        self._thread.start()
+
+    def close(self) -> None:
+        """Wait until the last save is on the disk."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
+
+    def __enter__(self) -> "CheckpointWriter":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            self.close()
+        except ByolTimmError as error:
+            if kind is None:
+                raise
+            logger.warning("%s", error)
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The whole state of an optimizer as named tensors; what is not a tensor stands as JSON in `layout` (uint8)."""
+    tensors: dict[str, Tensor] = {}
+    layout = json.dumps(_pack(optimizer.state_dict(), "", tensors)).encode()
+    return {**tensors, "layout": torch.frombuffer(bytearray(layout), dtype=torch.uint8)}
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
+    """Put `optimizer_tensors` back, bit for bit, into an optimizer over the same parameters."""
+    state_dict = _unpack(json.loads(bytes(tensors["layout"].tolist())), tensors)
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    saved = state_dict["state"]
+    trained = sum(len(group["params"]) for group in state_dict["param_groups"])
+    if trained != len(parameters):
+        raise ByolTimmError(
+            f"the checkpoint trained {trained} parameters, this run trains {len(parameters)}: something else is "
+            "frozen. Use another --output_dir"
+        )
+    for index, state in saved.items():
+        for name, value in state.items():
+            # Reductions over the restored state must see the memory order that they saw before.
+            if isinstance(value, Tensor) and value.shape == parameters[index].shape:
+                state[name] = torch.empty_like(parameters[index], dtype=value.dtype, device="cpu").copy_(value)
+    optimizer.load_state_dict(state_dict)
+    for index, state in saved.items():
+        live = optimizer.state[parameters[index]]
+        for name, value in state.items():
+            # torch casts the state to the dtype of the parameter.
+            if isinstance(value, Tensor) and live[name].dtype != value.dtype:
+                live[name] = value.to(live[name].device)
+
+
+class _Damaged(Exception):
+    """Why a checkpoint cannot be used."""
+
+
+def _on_host(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    # Copies: safetensors takes neither shared memory nor strides, and training goes on changing the originals.
+    return {
+        name: torch.empty(tensor.shape, dtype=tensor.dtype).copy_(tensor.detach()) for name, tensor in tensors.items()
+    }
+
+
+def _write(folder: Path, step: int, files: Mapping[str, Mapping[str, Tensor]], state: str, keep: int) -> Path:
+    final, temporary = folder / f"step-{step}", folder / f".tmp-step-{step}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if final.exists():
+            if _is_good(final):
+                return final
+            _remove(final)
+        if temporary.exists():
+            shutil.rmtree(temporary)
+        temporary.mkdir()
+        try:
+            entries = {
+                name: _write_file(temporary / name, safetensors.torch.save(dict(t))) for name, t in files.items()
+            }
+            entries[_STATE] = _write_file(temporary / _STATE, state.encode())
+            manifest = {"format": FORMAT, "step": step, "files": entries}
+            _write_file(temporary / _MANIFEST, seal(manifest))
+            _sync(temporary)
+        except OSError:
+            shutil.rmtree(temporary)
+            raise
+        os.rename(temporary, final)
+        _sync(folder)
+        for old in [s for s in _steps(folder) if s <= step][: -max(keep, 2)]:
+            _remove(folder / f"step-{old}")
+    except OSError as error:
+        raise ByolTimmError(_failure(error, folder, step, files)) from error
+    return final
+
+
+def _write_file(path: Path, data: bytes) -> dict[str, Any]:
+    with open(path, "xb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+
+
+def _remove(path: Path) -> None:
+    # Renamed first, so that a kill in between leaves no half checkpoint under a good name.
+    doomed = path.with_name(f".tmp-removed-{path.name}")
+    os.rename(path, doomed)
+    shutil.rmtree(doomed)
+
+
+def _load(path: Path, names: Collection[str] | None = None) -> Checkpoint:
+    step, files = _read(path, names)
+    try:
+        state = json.loads(files.pop(_STATE))
+        tensors = {Path(name).stem: safetensors.torch.load(data) for name, data in files.items()}
+    except (SafetensorError, KeyError, ValueError) as error:
+        raise _Damaged(f"{type(error).__name__}: {error}") from error
+    return Checkpoint(step=step, tensors=tensors, state=state, path=path, skipped=())
+
+
+def _read(path: Path, names: Collection[str] | None = None) -> tuple[int, dict[str, bytes]]:
+    """The step and the verified contents of the files of a checkpoint, or of those among `names`."""
+    try:
+        manifest = json.loads((path / _MANIFEST).read_bytes())
+        digest = manifest.pop("sha256")
+        step, version = int(manifest["step"]), int(manifest["format"])
+        files = {name: (int(entry["bytes"]), entry["sha256"]) for name, entry in manifest["files"].items()}
+        files = {name: facts for name, facts in files.items() if names is None or name in names}
+    except FileNotFoundError:
+        raise _Damaged(f"{_MANIFEST} is missing") from None
+    except OSError as error:
+        raise _Damaged(f"{_MANIFEST}: {error.strerror}") from error
+    except (ValueError, KeyError, AttributeError, TypeError):
+        raise _Damaged(f"{_MANIFEST} is damaged") from None
+    if digest != _digest(manifest):
+        raise _Damaged(f"{_MANIFEST} is damaged")
+    if version > FORMAT:
+        raise ByolTimmError(
+            f"{path} has checkpoint format {version}, this byol_timm reads up to {FORMAT}. Upgrade byol_timm"
+        )
+    contents = {}
+    for name, (wanted, sha256) in files.items():
+        try:
+            size = (path / name).stat().st_size
+            if size != wanted:
+                raise _Damaged(f"{name} has {size:,} of {wanted:,} bytes")
+            contents[name] = (path / name).read_bytes()
+        except FileNotFoundError:
+            raise _Damaged(f"{name} is missing") from None
+        except OSError as error:
+            raise _Damaged(f"{name}: {error.strerror}") from error
+        if hashlib.sha256(contents[name]).hexdigest() != sha256:
+            raise _Damaged(f"{name} has other contents than were saved (sha256)")
+    return step, contents
+
+
+def _is_good(path: Path) -> bool:
+    try:
+        _read(path)
+    except _Damaged:
+        return False
+    return True
+
+
+def _steps(folder: Path) -> list[int]:
+    matches = (re.fullmatch(r"step-(\d+)", entry.name) for entry in folder.iterdir())
+    return sorted(int(match[1]) for match in matches if match)
+
+
+def _failure(error: OSError, folder: Path, step: int, files: Mapping[str, Mapping[str, Tensor]]) -> str:
+    try:
+        good = [f"step-{s}" for s in _steps(folder) if s != step and _is_good(folder / f"step-{s}")]
+        free = shutil.disk_usage(folder).free
+    except OSError:
+        good, free = [], 0
+    last = f"last good checkpoint: {good[-1]}" if good else "no earlier checkpoint"
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        need = sum(tensor.nbytes for group in files.values() for tensor in group.values())
+        unit, scale = ("GB", 1e9) if need > 5e7 else ("MB", 1e6)
+        space = f"needs {need / scale:.1f} {unit}, {free / scale:.1f} free in {folder}/"
+        return f"disk full while saving step {step} ({space}); {last}"
+    return f"cannot save step {step} in {folder} ({error.strerror}); {last}"
+
+
+def _pack(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
+    """`value` as JSON, its tensors moved to `tensors` under their path in it."""
+    if isinstance(value, Tensor):
+        tensors[name] = value
+        return {"tensor": name}
+    if isinstance(value, dict):
+        return {"dict": [[key, _pack(item, f"{name}.{key}".lstrip("."), tensors)] for key, item in value.items()]}
+    if isinstance(value, (list, tuple)):
+        items = [_pack(item, f"{name}.{index}", tensors) for index, item in enumerate(value)]
+        return {type(value).__name__: items}
+    if isinstance(value, torch.dtype):
+        return {"dtype": str(value).removeprefix("torch.")}
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    raise ByolTimmError(
+        f"optimizer state {name} is a {type(value).__name__}, which no checkpoint holds. Choose another --opt"
+    )
+
+
+def _unpack(packed: Any, tensors: Mapping[str, Tensor]) -> Any:
+    if not isinstance(packed, dict):
+        return packed
+    [(kind, value)] = packed.items()
+    if kind == "tensor":
+        return tensors[value]
+    if kind == "dtype":
+        return getattr(torch, value)
+    if kind == "dict":
+        return {key: _unpack(item, tensors) for key, item in value}
+    items = [_unpack(item, tensors) for item in value]
+    return tuple(items) if kind == "tuple" else items

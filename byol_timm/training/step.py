@@ -1,0 +1,185 @@
+"""One step of BYOL on the device."""
+
+import contextlib
+import hashlib
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from timm.layers import convert_sync_batchnorm
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from ..byol import BYOL, HEALTH
+from ..data import Batch, Splits, StreamBatches, StreamSplits, TrainingBatches
+from ..errors import ByolTimmError
+from ..views import TwoViews
+from .optim import Schedule, create_optimizer
+from .processes import average_batch_statistics
+
+
+def enable_grad_checkpointing(encoder: Any) -> None:
+    """Let the encoder recompute activations in the backward pass; `ByolTimmError` where timm's network cannot."""
+    try:
+        encoder.set_grad_checkpointing(True)
+    except AssertionError as error:
+        raise ByolTimmError(
+            f"{type(encoder).__name__} cannot recompute activations. Omit --grad_checkpointing, or use a smaller batch"
+        ) from error
+
+
+@contextlib.contextmanager
+def statistics_held(encoder: nn.Module) -> Iterator[None]:
+    """BatchNorms leave their running statistics alone: for a backward pass that recomputes what they have counted."""
+    norms = [module for module in encoder.modules() if isinstance(module, _BatchNorm)]
+    held = [(norm, norm.momentum, norm.num_batches_tracked) for norm in norms]
+    for norm, _, count in held:
+        if count is not None:
+            # Not in eval mode, nor without statistics: a recomputation must save the tensors that the first one did.
+            norm.momentum, norm.num_batches_tracked = 0.0, torch.zeros_like(count)
+    try:
+        yield
+    finally:
+        for norm, momentum, count in held:
+            norm.momentum, norm.num_batches_tracked = momentum, count
+
+
+MAX_SKIPPED_STEPS = 20
+# Figures of a step that are averaged over processes and over the steps between two lines of metrics.
+FIGURES = ("loss", *HEALTH)
+
+
+def train_step(
+    accelerator: Accelerator,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    pairs: Iterable[tuple[Tensor, Tensor]],
+    *,
+    target_decay: float,
+    recomputes: bool = False,
+) -> dict[str, Tensor]:
+    """One step of BYOL: forward and backward for every micro-batch, optimizer, target network; the figures of it.
+
+    model: a `BYOL`, prepared by the accelerator as the optimizer is. pairs: the views of each of the launch's
+    `gradient_accumulation_steps` micro-batches. recomputes: whether the encoder's backward pass recomputes activations.
+    Without a gradient scaler, a gradient that is not finite leaves parameters and target as they were. Returns the
+    figures of `BYOL`, averaged over micro-batches, `grad_norm`, and `representation` of view 1, that of all
+    micro-batches.
+
+    The two directions of the loss share no activations once both target projections are known, so each has a backward
+    pass of its own: the same gradients for half the memory. Processes exchange gradients in the very last one.
+    """
+    byol = accelerator.unwrap_model(model)
+    accumulation = accelerator.gradient_accumulation_steps
+    totals: dict[str, Tensor] = {}
+    representations = []
+    for number, (view1, view2) in enumerate(pairs, start=1):
+        with accelerator.autocast():
+            target1, target2 = byol.target_projections(view1, view2)
+        for view, target, last in ((view1, target2, False), (view2, target1, number == accumulation)):
+            with contextlib.nullcontext() if last else accelerator.no_sync(model):
+                figures = model(view, target=target)
+                with statistics_held(byol.encoder) if recomputes else contextlib.nullcontext():
+                    accelerator.backward(figures["loss"])
+            if view is view1:
+                representations.append(figures["representation"])
+            for name in FIGURES:
+                share = accumulation if name == "loss" else 2 * accumulation
+                totals[name] = totals.get(name, 0) + figures[name].detach() / share
+    if accelerator.scaler is not None:
+        accelerator.unscale_gradients(optimizer)
+    norm = nn.utils.get_total_norm([p.grad for p in byol.parameters() if p.grad is not None])
+    if accelerator.scaler is not None or norm.isfinite():
+        optimizer.step()
+        if not accelerator.optimizer_step_was_skipped:
+            byol.update_target(target_decay)
+    # Gradients of several processes lie in the buckets that travel. Let go of, they would be made anew beside them.
+    optimizer.zero_grad(set_to_none=accelerator.num_processes == 1)
+    if accelerator.num_processes > 1 and accelerator.device.type != "cuda":
+        # Where there is no SyncBatchNorm: every process must export and resume the same statistics.
+        average_batch_statistics(byol)
+    return {**totals, "grad_norm": norm, "representation": torch.cat(representations)}
+
+
+def _create_optimizer(config: Any, byol: BYOL, peak_lr: float) -> torch.optim.Optimizer:
+    return create_optimizer(
+        config.opt, byol, lr=peak_lr, weight_decay=config.weight_decay, no_weight_decay=byol.no_weight_decay()
+    )
+
+
+def _lay_out(byol: BYOL, config: Any, accelerator: Accelerator) -> None:
+    """Memory layout, BatchNorm over all processes and compilation, as the settings ask."""
+    byol.to(memory_format=torch.channels_last if config.channels_last else torch.contiguous_format)
+    if accelerator.num_processes > 1 and accelerator.device.type == "cuda":
+        # In place, but for a module that is itself a BatchNorm. torch's own drops the activations inside timm's layers.
+        convert_sync_batchnorm(byol)
+    if config.compile:
+        for network in byol.children():
+            network.compile()
+
+
+def _open_batches(
+    config: Any,
+    schedule: Schedule,
+    splits: Splits | StreamSplits,
+    views: TwoViews,
+    accelerator: Accelerator,
+    step: int,
+) -> TrainingBatches | StreamBatches:
+    settings: dict[str, Any] = dict(
+        batch_size=config.batch_size,
+        global_batch=schedule.global_batch,
+        rank=accelerator.process_index,
+        world=accelerator.num_processes,
+        seed=config.seed,
+        start_step=step,
+        cut=views.cut,
+        reduction=views.reduction if config.fast_jpeg else None,
+        workers=config.workers,
+        on_bad_image=config.on_bad_image,
+    )
+    if isinstance(splits, StreamSplits):
+        return StreamBatches(splits.train, splits.bank, shuffle_buffer=config.shuffle_buffer, **settings)
+    return TrainingBatches(splits.train, memory_limit=int(config.memory_limit * 2**30), **settings)
+
+
+def _read(stream: Iterator[Batch], count: int) -> tuple[list[Batch], ByolTimmError | None]:
+    """The next `count` batches, or what went wrong: other processes must hear of it before this one ends."""
+    try:
+        return [next(stream) for _ in range(count)], None
+    except ByolTimmError as error:
+        return [], error
+
+
+class DeviceViews:
+    """Views of a batch of images, or of crops, on the device; the memory of the last ones is used again."""
+
+    def __init__(self, views: TwoViews, device: torch.device, channels_last: bool) -> None:
+        self.views, self.device = views, device
+        self.layout = torch.channels_last if channels_last else torch.contiguous_format
+        self.last: tuple[Tensor, Tensor] | None = None
+
+    def __call__(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        batch = batch.to(self.device)
+        if batch.images is not None:
+            self.last = self.views(batch.images, batch.ordinals, out=self.last)
+        elif batch.crops is not None:
+            self.last = self.views.finish(batch.crops, batch.ordinals, out=self.last)
+        view1, view2 = (view.contiguous(memory_format=self.layout) for view in self.last or ())
+        return view1, view2
+
+
+def _seed(seed: int, step: int, process: int) -> None:
+    """What is random in the online network (dropout, drop path) becomes a function of the step, as all else is."""
+    digest = hashlib.blake2b(f"{seed} {step} {process}".encode(), digest_size=8).digest()
+    torch.manual_seed(int.from_bytes(digest, "big") >> 1)
+
+
+def _mends_itself(accelerator: Accelerator, loss: Tensor, skipped: int) -> bool:
+    """Whether a smaller scale of the loss, which float16 tries after a skipped step, can mend the gradient.
+
+    It cannot when activations overflow: then the loss is no number either, and batch statistics are lost. The answer is
+    that of all processes, which skip a step together.
+    """
+    return 0 < skipped <= MAX_SKIPPED_STEPS and bool(accelerator.reduce(loss.double(), "mean").isfinite())

@@ -1,0 +1,253 @@
+"""Two random views of every image of a batch, drawn and computed per image on the batch's own device."""
+
+import math
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .augmentation import JITTERS, Augmentation, Interpolation
+from .draws import CHANGE_DRAWS, CROP_DRAWS, Array, Changes, Crops, _uniforms, draw_changes, draw_crops
+from .operations import SCRATCH_PLANES, Padding, _tile, _tiles, blur, blur_taps, grayscale, jitter_operations, solarize
+from .plain import _per_channel
+
+Views = tuple[Tensor, Tensor]
+GROUP_VALUES = 1 << 21
+# On a CPU, batched matrix products resize images up to this side faster than one call an image does.
+MATMUL_RESIZE_LIMIT = 48
+
+
+class TwoViews:
+    """Turns uint8 images into two normalised float32 views, every parameter drawn per image and per view.
+
+    The draws are a pure function of (`seed`, ordinal, view, parameter): batch, order, worker and device do not matter.
+    `image_size` is the side of the views or (height, width); `mean` and `std` (of pixels in 0..1) have one entry per
+    channel, or one for all.
+
+    On a CPU, images above 48 pixels are resized in uint8 as PIL does, rounded between the two passes; smaller ones, and
+    all on other devices, in float32. torch.compile takes the views as they are: their numbers are drawn by numpy.
+    """
+
+    def __init__(
+        self,
+        augmentation: Augmentation,
+        image_size: int | tuple[int, int],
+        *,
+        seed: int = 0,
+        mean: Sequence[float],
+        std: Sequence[float],
+    ) -> None:
+        self.augmentation = augmentation
+        self.height, self.width = (image_size, image_size) if isinstance(image_size, int) else image_size
+        self.seed = seed
+        self.mean, self.std = tuple(mean), tuple(std)
+
+    @torch.compiler.disable
+    @torch.no_grad()
+    def __call__(self, images: Tensor, ordinals: Tensor, *, out: Views | None = None) -> Views:
+        """View 1 and view 2 (float32 [B, C, height, width]) of uint8 images [B, C, H, W] with int64 ordinals [B].
+
+        The ordinals stay on the CPU. `out` takes the views of an earlier batch to write into: fresh memory costs a CPU
+        a tenth of the time and more.
+        """
+        height, width = images.shape[-2:]
+        one_by_one = images.device.type == "cpu" and max(self.height, self.width, height, width) > MATMUL_RESIZE_LIMIT
+        if one_by_one:
+            # What torch's uint8 kernels resize fastest.
+            images = images.contiguous(memory_format=torch.channels_last)
+        crops = draw_crops(self.augmentation, _uniforms(self.seed, ordinals, CROP_DRAWS), height, width)
+
+        def cut(rows: Array, planes: Tensor) -> None:
+            sources = rows % len(images)
+            if one_by_one:
+                for place, (source, row) in enumerate(zip(sources.tolist(), rows.tolist(), strict=True)):
+                    planes[:, place] = self._crop(images[source], crops, row)
+                planes.div_(255)
+            else:
+                for part in _tiles(0, len(rows), _tile(planes)):
+                    selected = images.index_select(0, _to(sources[part], images.device))
+                    self._crop_together(selected, crops.take(rows[part]), planes[:, part])
+
+        return self._views(cut, images.shape[1], ordinals, images.device, out)
+
+    @torch.compiler.disable
+    @torch.no_grad()
+    def cut(self, image: Tensor, ordinal: int) -> Tensor:
+        """Both crops, resized and flipped (uint8 [2, C, height, width]), of one uint8 image [C, H, W], for loaders.
+
+        `finish` turns a batch of them into the views that calling the object on the images gives, up to rounding.
+        """
+        channels, height, width = image.shape
+        crops = draw_crops(self.augmentation, _uniforms(self.seed, [ordinal], CROP_DRAWS), height, width)
+        both = torch.empty(2, channels, self.height, self.width, dtype=torch.uint8)
+        for view, pixels in enumerate(both.numpy()):
+            # numpy brings channels out of their turns twice as fast as torch does.
+            np.copyto(pixels, self._crop(image, crops, view).numpy())
+        return both
+
+    def reduction(self, ordinal: int, height: int, width: int) -> int:
+        """How many times smaller, 1, 2, 4 or 8, an image of that size may be with both crops twice the views' size.
+
+        `cut` makes nearly the same crops of an image that was decoded so many times smaller.
+        """
+        box = draw_crops(self.augmentation, _uniforms(self.seed, [ordinal], CROP_DRAWS), height, width).box
+        times = int((box[:, 2:] // (2 * self.height, 2 * self.width)).min())
+        return next(power for power in (8, 4, 2, 1) if power <= max(1, times))
+
+    @torch.compiler.disable
+    @torch.no_grad()
+    def finish(self, crops: Tensor, ordinals: Tensor, *, out: Views | None = None) -> Views:
+        """View 1 and view 2 (float32 [B, C, height, width]) of what `cut` made, uint8 [B, 2, C, height, width]."""
+
+        def pick(rows: Array, planes: Tensor) -> None:
+            view, image = np.divmod(rows, len(crops))
+            selected = crops.flatten(0, 1).index_select(0, _to(image * 2 + view, crops.device))
+            planes.copy_(selected.transpose(0, 1)).div_(255)
+
+        return self._views(pick, crops.shape[2], ordinals, crops.device, out)
+
+    def _crop(self, image: Tensor, crops: "Crops", row: int) -> Tensor:
+        if self.augmentation.rotate:
+            angle = torch.tensor(crops.angle[row : row + 1], dtype=torch.float32)
+            image = _rotate(image[None].float(), angle)[0].round_().to(torch.uint8)
+        top, left, height, width = crops.box[row].tolist()
+        crop = image[:, top : top + height, left : left + width]
+        if (height, width) != (self.height, self.width):
+            size, mode = (self.height, self.width), self.augmentation.interpolation
+            crop = F.interpolate(crop[None], size, mode=mode, antialias=True)[0]
+        return crop.flip(-1) if crops.flip[row] else crop
+
+    def _crop_together(self, images: Tensor, crops: "Crops", out: Tensor) -> None:
+        """The crops as two matrix products per image, into [C, B, height, width] in 0..1."""
+        batch, channels, height, width = images.shape
+        device, mode = images.device, self.augmentation.interpolation
+        pixels = images.float()
+        if self.augmentation.rotate:
+            pixels = _rotate(pixels, _to(crops.angle.astype(np.float32), device))
+        top, left, rows, columns = _to(crops.box.T.astype(np.float32), device)
+        flip = _to(crops.flip.astype(np.float32), device)
+        down = _resize_matrices(top, rows, torch.zeros_like(flip), self.height, height, mode)
+        across = _resize_matrices(left, columns, flip, self.width, width, mode)
+        wide = torch.bmm(pixels.view(batch, channels * height, width), across.mT)
+        wide = wide.view(batch, channels, height, self.width)
+        for channel, plane in enumerate(out):
+            torch.bmm(down, wide[:, channel], out=plane)
+        out.div_(255).clamp_(0, 1)
+
+    def _views(
+        self,
+        cut: Callable[[Array, Tensor], None],
+        channels: int,
+        ordinals: Tensor,
+        device: torch.device,
+        views: Views | None,
+    ) -> Views:
+        """Everything after the crop; `cut` gets rows (0..B-1 of view 1, B..2B-1 of view 2) and where to put them."""
+        changes = draw_changes(self.augmentation, _uniforms(self.seed, ordinals, CHANGE_DRAWS))
+        means, stds = _per_channel(self.mean, channels), _per_channel(self.std, channels)
+        batch, size = len(ordinals), (self.height, self.width)
+        group = batch if device.type != "cpu" else min(batch, max(1, GROUP_VALUES // (channels * math.prod(size))))
+        pool = torch.empty(channels * group * math.prod(size), device=device)
+        scratch = torch.empty(SCRATCH_PLANES, _tile(pool.view(channels, group, *size)), math.prod(size), device=device)
+        shape = (batch, channels, *size)
+        if views is None or views[0].shape != shape:
+            views = torch.empty(shape, device=device), torch.empty(shape, device=device)
+        for first in [*range(0, batch, group), *range(batch, 2 * batch, group)]:
+            view, start = divmod(first, batch)
+            target = views[view][start : start + group]
+            members = np.arange(first, first + len(target))
+            # Equal orders side by side: an operation then works on stretches of the group, in place.
+            members = members[np.argsort(changes.order_key()[members], kind="stable")]
+            planes = pool[: target.numel()].view(channels, len(target), *size)
+            with torch.autocast(device.type, enabled=False):
+                cut(members, planes)
+                self._change(planes, changes.take(members), scratch)
+            for plane, mean, std in zip(planes, means, stds, strict=True):
+                torch.add(torch.tensor(-mean / std), plane, alpha=1 / std, out=plane)
+            places = np.argsort(members)[:, None] + np.arange(channels) * len(target)
+            torch.index_select(planes.flatten(0, 1), 0, _to(places.ravel(), device), out=target.flatten(0, 1))
+        return views
+
+    def _change(self, planes: Tensor, changes: "Changes", scratch: Tensor) -> None:
+        """Colour jitter, grayscale, blur and solarize, in place, of [C, B, height, width] in 0..1."""
+        device, tile = planes.device, _tile(planes)
+        flat = planes.flatten(2)
+        jitters = jitter_operations(self.augmentation, len(planes))
+        amounts = _to(changes.amount.T.astype(np.float32), device)[:, :, None].unbind()
+        jittered = int(changes.jitter.sum())
+        for slot in range(len(JITTERS)):
+            kinds = changes.order[:jittered, slot]
+            bounds = [0, *(np.flatnonzero(np.diff(kinds)) + 1).tolist(), jittered]
+            for first, last in pairwise(bounds):
+                if first < last and (operation := jitters[kinds[first]]) is not None:
+                    for part in _tiles(first, last, tile):
+                        operation(flat[:, part], amounts[kinds[first]][part], scratch[:, : part.stop - part.start])
+        if len(planes) == 3 and len(gray := np.flatnonzero(changes.grayscale)):
+            _put(flat, gray, grayscale(_take(flat, gray)).expand(3, -1, -1))
+        if len(rows := np.flatnonzero(changes.blur)) and (taps := blur_taps(min(self.height, self.width))) > 1:
+            sigma = _to(changes.sigma[rows].astype(np.float32), device)
+            padding: Padding = "zeros" if self.augmentation.colors == "paper" else "reflect"
+            if len(rows) == len(changes.blur):
+                blur(planes, sigma, taps, padding)
+            else:
+                _put(planes, rows, blur(_take(planes, rows), sigma, taps, padding))
+        if len(inverted := np.flatnonzero(changes.solarize)):
+            _put(flat, inverted, solarize(_take(flat, inverted)))
+        planes.clamp_(0, 1)
+
+
+def _to(values: Array, device: torch.device) -> Tensor:
+    return torch.from_numpy(values).to(device, non_blocking=True)
+
+
+def _take(planes: Tensor, images: Array) -> Tensor:
+    return planes.index_select(1, _to(images, planes.device))
+
+
+def _put(planes: Tensor, images: Array, values: Tensor) -> None:
+    if planes.device.type == "cpu":
+        # `index_copy_` moves one number at a time there.
+        for image, value in zip(images.tolist(), values.unbind(1), strict=True):
+            planes[:, image] = value
+    else:
+        planes.index_copy_(1, _to(images, planes.device), values)
+
+
+# Crops
+
+
+def _rotate(pixels: Tensor, degrees: Tensor) -> Tensor:
+    """Float [B, C, H, W] turned about the centre, the border repeated outwards."""
+    height, width = pixels.shape[-2:]
+    cos, sin, zero = degrees.deg2rad().cos(), degrees.deg2rad().sin(), torch.zeros_like(degrees)
+    rows = [cos, -sin * (height / width), zero, sin * (width / height), cos, zero]
+    grid = F.affine_grid(torch.stack(rows, 1).view(-1, 2, 3), list(pixels.shape), align_corners=False)
+    return F.grid_sample(pixels, grid, padding_mode="border", align_corners=False)
+
+
+def _resize_matrices(
+    start: Tensor, length: Tensor, flip: Tensor, size: int, total: int, interpolation: Interpolation
+) -> Tensor:
+    """Matrices [B, size, total] that cut `length` of `total` pixels from `start`, resize them, and flip where asked.
+
+    Equal to `F.interpolate(..., antialias=True)` of the cut pixels.
+    """
+    start, length, flip = start[:, None, None], length[:, None, None], flip[:, None, None]
+    scale = length / size
+    places = torch.arange(size, device=start.device, dtype=torch.float32)[:, None] + 0.5
+    centers = start + scale * (places + flip * (size - 2 * places))
+    pixels = torch.arange(total, device=start.device, dtype=torch.float32) + 0.5
+    distance = (pixels - centers).div_(scale.clamp(min=1)).abs_()
+    inner = (1 - distance).clamp_(min=0)
+    if interpolation == "bilinear":
+        weights = inner
+    else:
+        # Twice Keys' cubic with a = -1/2: an outer part on 0..2, and what the inner piece adds to it on 0..1.
+        outer = torch.sub(2, distance, out=distance).clamp_(min=0)
+        weights = (outer - 1).mul_(outer).mul_(outer)
+        weights.add_(torch.rsub(inner, 2, alpha=4).mul_(inner).mul_(inner))
+    weights.mul_(((pixels > start) & (pixels < start + length)).float())
+    return weights.div_(weights.sum(2, keepdim=True))

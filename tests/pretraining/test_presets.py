@@ -1,0 +1,227 @@
+import dataclasses
+import re
+
+import numpy as np
+import pytest
+import yaml
+from accelerate.state import AcceleratorState
+
+from byol_timm.byol import BYOL
+from byol_timm.cli import parse, presets
+from byol_timm.config import PretrainConfig, check
+from byol_timm.encoders import create_encoder, fit_backbone, freeze_parts, parse_kwargs, small_image_kwargs
+from byol_timm.errors import ByolTimmError
+from byol_timm.pretraining import points, pretrain, resolve_augmentation, resolve_images, resolve_training
+from byol_timm.training import Schedule, create_optimizer
+
+IMAGENET = 1_281_167
+GIVEN_SIZE = 32
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerator():
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def settings(name, *flags):
+    return parse(PretrainConfig, ["--config", name, *flags])
+
+
+def encoder_on_meta(config):
+    kwargs = parse_kwargs(tuple(pair for pair in config.backbone_kwargs if pair != "auto"))
+    fitted = dict(image_size=config.image_size, in_chans=config.in_chans, **kwargs)
+    if "auto" in config.backbone_kwargs:
+        fitted |= small_image_kwargs(config.backbone, **fitted)
+    return fit_backbone(config.backbone, **fitted).encoder
+
+
+def resolved(config, num_images, forwards):
+    config = resolve_images(config, GIVEN_SIZE)
+    config = resolve_training(config, encoder_on_meta(config), num_images, forwards)
+    return config, Schedule.of(config, num_images, forwards)
+
+
+@pytest.mark.parametrize("name", presets())
+def test_a_preset_is_settings_with_their_source_their_result_and_their_launch(name):
+    text = presets()[name].read_text(encoding="utf-8")
+    assert yaml.safe_load(text).keys() <= {field.name for field in dataclasses.fields(PretrainConfig)}
+    for label in ("source", "published", "here", "launch"):
+        assert re.search(rf"^# {label} ", text, re.MULTILINE), label
+    assert "dataset" in yaml.safe_load(text)
+    # Accelerate passes that flag on to DeepSpeed alone and drops it otherwise.
+    assert "--gradient_accumulation_steps" not in text
+
+
+@pytest.mark.parametrize("name", presets())
+def test_a_preset_fits_its_backbone_and_leaves_nothing_to_guess(name):
+    config = settings(name)
+    check(config)
+    after, schedule = resolved(config, num_images=10_000, forwards=1)
+    given = yaml.safe_load(presets()[name].read_text(encoding="utf-8"))
+    assert {key: getattr(after, key) for key in given} == {key: getattr(config, key) for key in given}
+    assert {
+        "backbone",
+        "image_size",
+        "augmentation",
+        "epochs",
+        "batch_size",
+        "opt",
+        "lr",
+        "weight_decay",
+    } <= given.keys()
+    assert {"target_decay", "warmup_epochs"} <= given.keys()
+    assert schedule.warmup_steps == round(config.warmup_epochs * schedule.steps_per_epoch) < schedule.total_steps
+
+
+@pytest.mark.parametrize(
+    "name, epochs, forwards, batch, peak_lr, weight_decay, tau",
+    [
+        ("imagenet_40", 40, 64, 4096, 7.2, 1e-6, 0.97),
+        ("imagenet_100", 100, 64, 4096, 7.2, 1e-6, 0.99),
+        ("imagenet_300", 300, 64, 4096, 4.8, 1e-6, 0.99),
+        ("imagenet_1000", 1000, 64, 4096, 3.2, 1.5e-6, 0.996),
+        ("imagenet_1000_batch512", 1000, 8, 512, 0.8, 1.5e-6, 0.9995),
+    ],
+)
+def test_the_authors_schedules_come_out(name, epochs, forwards, batch, peak_lr, weight_decay, tau):
+    config, schedule = resolved(settings(name), IMAGENET, forwards)
+    assert (schedule.global_batch, config.opt, config.weight_decay) == (batch, "lars", weight_decay)
+    assert schedule.total_steps == epochs * (IMAGENET // batch)
+    assert schedule.warmup_steps == 10 * (IMAGENET // batch)
+    assert schedule.lr(schedule.warmup_steps) == pytest.approx(peak_lr)
+    middle = (schedule.warmup_steps + schedule.total_steps) // 2
+    assert schedule.lr(middle) == pytest.approx(peak_lr / 2, rel=1e-3)
+    decays = [schedule.target_decay(step) for step in (0, schedule.total_steps // 2, schedule.total_steps)]
+    assert decays == pytest.approx([tau, (1 + tau) / 2, 1.0], abs=1e-6)
+
+
+def test_other_data_keep_a_presets_epochs_and_get_their_own_steps():
+    (_, large), (_, small) = (resolved(settings("cifar10"), images, 1) for images in (50_000, 5_120))
+    assert (large.steps_per_epoch, large.warmup_steps, large.total_steps) == (97, 970, 800 * 97)
+    assert (small.steps_per_epoch, small.warmup_steps, small.total_steps) == (10, 100, 8000)
+    assert large.peak_lr == small.peak_lr == pytest.approx(0.24)
+
+
+def test_the_digits_preset_is_the_run_without_flags():
+    assert resolved(settings("digits"), 1438, 1) == resolved(PretrainConfig(), 1438, 1)
+
+
+def test_flags_win_over_a_preset():
+    assert settings("cifar10", "--lr", "0.5", "--dataset", "digits").lr == 0.5
+
+
+@pytest.mark.parametrize("typed, meant", [("cifar1", "cifar10"), ("imagnet_300", "imagenet_300"), ("xyz", "")])
+def test_an_unknown_preset_is_one_line_with_the_nearest_names_and_all(typed, meant):
+    with pytest.raises(ByolTimmError) as caught:
+        settings(typed)
+    message = str(caught.value)
+    assert message.startswith(f"no preset '{typed}'. {f'Did you mean {meant}' if meant else 'Presets:'}")
+    assert all(name in message for name in presets()) and "\n" not in message
+
+
+@pytest.mark.parametrize(
+    "name, channels, flags",
+    [
+        ("satellite", 13, ["--backbone", "test_resnet"]),
+        ("medical_grey", 1, ["--backbone", "test_resnet", "--image_size", "64"]),
+        ("vit_small", 3, ["--backbone", "test_vit", "--image_size", "64"]),
+    ],
+)
+def test_a_preset_rehearses_on_images_of_its_kind(tmp_path, caplog, name, channels, flags):
+    (tmp_path / "images").mkdir()
+    for number in range(16):
+        np.save(
+            tmp_path / "images" / f"{number}.npy",
+            np.random.default_rng(number).integers(0, 256, (channels, 64, 64), np.uint8),
+        )
+    caplog.set_level("INFO")
+    tiny = ["--batch_size", "8", "--dataset", str(tmp_path / "images"), "--output_dir", str(tmp_path / "run")]
+    pretrain(settings(name, *flags, *tiny, "--workers", "0", "--hidden_dim", "64", "--dry_run"))
+    assert f"{channels} x 64 x 64" in caplog.text and "images/s" in caplog.text
+
+
+# Point by point beside the paper
+
+
+def compared(config, images=IMAGENET, forwards=64):
+    config = resolve_images(config, 224)
+    encoder = create_encoder(
+        config.backbone, image_size=config.image_size, in_chans=config.in_chans, zero_init_last=config.zero_init_last
+    )
+    config = resolve_training(config, encoder, images, forwards)
+    frozen = freeze_parts(encoder, config.freeze)
+    byol = BYOL(encoder, hidden_dim=config.hidden_dim, num_head_layers=config.num_head_layers)
+    optimizer = create_optimizer(
+        config.opt, byol, lr=0.0, weight_decay=config.weight_decay, no_weight_decay=byol.no_weight_decay()
+    )
+    schedule = Schedule.of(config, images, forwards)
+    shared = config.batch_size * forwards
+    augmentation = resolve_augmentation(config)
+    return points(config, schedule, augmentation, byol, optimizer, batch_norm_images=shared, frozen=frozen)
+
+
+def changed(config, **launch):
+    return {point.name for point in compared(config, **launch) if not point.same}
+
+
+def test_the_authors_preset_changes_nothing_of_the_paper():
+    assert changed(settings("imagenet_1000")) == set()
+
+
+@pytest.mark.parametrize(
+    "changes, names",
+    [
+        (dict(lr=0.3), {"learning rate"}),
+        (dict(opt="sgd"), {"optimizer"}),
+        (dict(weight_decay=0.0), {"weight decay", "without decay"}),
+        (dict(target_decay=0.99), {"tau"}),
+        (dict(warmup_epochs=5.0), {"its schedule"}),
+        (dict(batch_size=128), {"batch"}),
+        # A schedule of the authors of its own: lr, weight decay and tau are other than there.
+        (dict(epochs=300), {"learning rate", "weight decay", "tau"}),
+        (dict(hidden_dim=512), {"projector", "predictor"}),
+        (dict(num_head_layers=3), {"projector"}),
+        (dict(zero_init_last=True), {"residual branches"}),
+        (dict(freeze=("stem",)), {"trained"}),
+        (dict(image_size=96), {"images", "blur"}),
+        (dict(in_chans=1), {"images", "colour jitter", "grayscale"}),
+        (dict(crop_scale=(0.2, 1.0)), {"crop"}),
+        (dict(decoded_cache="folder", decoded_side=256), {"cut from"}),
+        (dict(fast_jpeg=True), {"cut from"}),
+        (dict(rotate=5.0), {"rotation"}),
+        (dict(flip=0.0), {"flip"}),
+        (dict(colors="torchvision"), {"colour operations"}),
+        (dict(blur=(0.5, 0.5)), {"blur"}),
+        (dict(solarize=(0.2, 0.2)), {"solarize"}),
+        (dict(jitter=0.0), {"colour jitter"}),
+    ],
+)
+def test_each_change_of_a_setting_shows_as_its_own_point(changes, names):
+    paper = dataclasses.replace(settings("imagenet_1000"), backbone="test_resnet")
+    assert changed(dataclasses.replace(paper, **changes)) == {"encoder"} | names
+
+
+def test_what_networks_and_optimizer_really_are_decides():
+    paper = dataclasses.replace(settings("imagenet_1000"), backbone="test_resnet")
+    encoder = create_encoder("test_resnet", zero_init_last=False)
+    byol = BYOL(encoder)
+    config, schedule = resolved(paper, IMAGENET, 64)
+    byol.target_encoder.conv1[0].weight.data.add_(1)
+    byol.target_projector.eval()
+    byol.predictor.append(byol.predictor[2])
+    optimizer = create_optimizer("lars", byol, lr=0.0, weight_decay=1.5e-6, no_weight_decay={"encoder.conv1.0.weight"})
+    optimizer.param_groups[0]["momentum"] = 0.5
+    found = points(
+        config,
+        schedule,
+        resolve_augmentation(config),
+        byol,
+        optimizer,
+        batch_norm_images=512,
+        frozen=["conv1.0.weight"],
+    )
+    assert {point.name for point in found if not point.same} == {
+        *("encoder", "trained", "predictor", "target at first", "target in training", "BatchNorm", "optimizer"),
+        "without decay",
+    }

@@ -1,0 +1,71 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+TARGETS = {"32 px": 1330, "64 px": 1339, "96 px": 1344, "own size": 1370}
+
+
+def backbones(*arguments):
+    command = [sys.executable, str(RECIPES / "backbones.py"), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+
+
+def rows(text):
+    lines = [line for line in text.splitlines() if line.startswith("| ")]
+    header, *cells = ([cell.strip() for cell in line.strip("|").split("|")] for line in lines)
+    return {row[0]: dict(zip(header, row, strict=True)) for row in cells}
+
+
+@pytest.fixture(scope="module")
+def committed():
+    text = (RECIPES / "backbones.md").read_text()
+    if f"timm {timm.__version__}," not in text:
+        pytest.skip(f"the committed table is that of another timm than {timm.__version__}")
+    return text
+
+
+def test_the_committed_table_has_every_backbone_of_timm(committed):
+    assert rows(committed).keys() == set(timm.list_models())
+
+
+@pytest.mark.parametrize("images", TARGETS)
+def test_nearly_every_backbone_trains_on_small_images(committed, images):
+    count = sum(bool(row[images]) for row in rows(committed).values())
+    assert count >= TARGETS[images]
+    assert f"{count:,} at {images.replace('own', 'their own')}" in committed
+
+
+def test_the_command_writes_the_rows_of_the_committed_table(committed):
+    result = backbones("--filter", "test_*net", "test_vit", "crossvit_9_240", "mobilenetv5_300m_enc")
+    assert result.returncode == 0, result.stderr
+    fresh = rows(result.stdout)
+    assert len(fresh) == 8
+    assert fresh == {name: rows(committed)[name] for name in fresh}
+
+
+def test_sizes_channels_and_csv_are_choices(tmp_path):
+    path = tmp_path / "table.csv"
+    result = backbones("--filter", "test_vit", "--sizes", "48", "--in_chans", "1", "--output", str(path))
+    assert result.returncode == 0, result.stderr
+    header, row = path.read_text().splitlines()
+    assert header == "backbone,width,parameters,smallest,48 px,own size,set,auto"
+    assert row == "test_vit,64,0.3 M,16,3x3,160x160: 10x10,img_size=SIZE,"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (("--filter", "resnt18"), "no timm backbone matches 'resnt18'. Nearest names: resnet18"),
+        (("--output", "table.xlsx"), "written as .md or .csv (table.xlsx)"),
+        (("--size", "32"), "unknown flag --size. Did you mean sizes?"),
+    ],
+)
+def test_a_fault_of_the_command_is_told_in_one_line(arguments, reason):
+    result = backbones(*arguments)
+    assert result.returncode == 2
+    assert result.stderr.count("\n") == 1
+    assert reason in result.stderr

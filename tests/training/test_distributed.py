@@ -1,0 +1,182 @@
+"""Two processes on one machine, launched as users launch them."""
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from accelerate.state import AcceleratorState
+from cut_steps import take_steps
+from safetensors.torch import load_file
+
+from byol_timm import PretrainConfig, pretrain
+from byol_timm.cli import parse
+
+pytestmark = pytest.mark.slow
+
+TRAIN = """
+    import sys
+    import torch
+    from safetensors.torch import save_file
+    from byol_timm.config import PretrainConfig
+    from byol_timm.cli import parse, run
+    from byol_timm.pretraining import pretrain
+
+    def main():
+        import os
+        encoder = pretrain(parse(PretrainConfig))
+        state = {name: tensor.contiguous() for name, tensor in encoder.state_dict().items()}
+        save_file(state, f"rank-{os.environ['RANK']}.safetensors")
+
+    run(main)
+"""
+
+SETTINGS = (
+    "--backbone test_resnet --image_size 32 --epochs 1 --hidden_dim 64 --projection_dim 32 --output_dir run".split()
+)
+
+
+def launch(folder, script, *arguments, processes=2, **variables):
+    path = folder / "script.py"
+    path.write_text(textwrap.dedent(script))
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    environment = {
+        **os.environ,
+        "ACCELERATE_USE_CPU": "true",
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "PYTHONPATH": os.pathsep.join(
+            [str(Path(__file__).parent), str(Path(__file__).parents[1] / "helpers"), os.environ.get("PYTHONPATH", "")]
+        ),
+        **variables,
+    }
+    return subprocess.run(
+        [sys.executable, *launcher, str(path), *arguments],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+@pytest.fixture(scope="module")
+def cut_in_two(tmp_path_factory):
+    """Steps of two processes, 32 images each."""
+    folder = tmp_path_factory.mktemp("two")
+    result = launch(folder, "from cut_steps import *\ntake_steps(Path('steps'), 32)")
+    assert result.returncode == 0, result.stderr[-3000:]
+    return steps_of(folder / "steps")
+
+
+def steps_of(output):
+    return json.loads(output.with_suffix(".json").read_text()), load_file(output.with_suffix(".safetensors"))
+
+
+def in_this_process(folder, monkeypatch, batch_size, accumulation):
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", str(accumulation))
+    AcceleratorState._reset_state(reset_partial_state=True)
+    take_steps(folder / "steps", batch_size)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    return steps_of(folder / "steps")
+
+
+@pytest.mark.parametrize("batch_size, accumulation", [(64, 1), (32, 2)])
+def test_a_step_is_the_same_however_its_batch_is_cut(tmp_path, monkeypatch, cut_in_two, batch_size, accumulation):
+    rows, tensors = in_this_process(tmp_path, monkeypatch, batch_size, accumulation)
+    two_rows, two_tensors = cut_in_two
+    for row, other in zip(rows, two_rows, strict=True):
+        assert (row["order"], row["lr"], row["tau"]) == (other["order"], other["lr"], other["tau"])
+        assert len(set(row["order"])) == 64
+        assert row["loss"] == pytest.approx(other["loss"], rel=1e-5)
+    assert tensors.keys() == two_tensors.keys()
+    for name, tensor in tensors.items():
+        torch.testing.assert_close(two_tensors[name], tensor, rtol=1e-4, atol=1e-5 * tensor.abs().max().item())
+
+
+def test_two_processes_hold_the_same_bits_after_every_step(cut_in_two):
+    rows, _ = cut_in_two
+    assert [len(row["weights"]) for row in rows] == [2, 2, 2]
+    assert all(first == second for first, second in (row["weights"] for row in rows))
+    assert len({row["weights"][0] for row in rows}) == 3
+
+
+def test_a_number_that_one_process_has_lost_lets_none_step(cut_in_two):
+    rows, _ = cut_in_two
+    assert rows[-1]["weights after a lost number"] == rows[-1]["weights"]
+
+
+def test_a_run_of_two_processes_ends_in_the_same_weights_on_both(tmp_path):
+    result = launch(tmp_path, TRAIN, *SETTINGS, "--batch_size", "128")
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert "2 processes" in result.stdout
+    assert "256 = 128 x 2 processes" in result.stdout
+    assert "no SyncBatchNorm for CPUs" in result.stdout
+    assert "Warning" not in result.stderr
+    ranks = [load_file(tmp_path / f"rank-{rank}.safetensors") for rank in (0, 1)]
+    shipped = load_file(tmp_path / "run" / "encoder" / "model.safetensors")
+    initial = timm.create_model("test_resnet", num_classes=0).state_dict()
+    assert shipped.keys() == initial.keys()
+    for name, tensor in shipped.items():
+        assert torch.equal(ranks[0][name], tensor) and torch.equal(ranks[1][name], tensor)
+
+
+def test_processes_with_different_settings_are_refused_once(tmp_path):
+    script = TRAIN.replace(
+        "encoder = pretrain(parse(PretrainConfig))",
+        "encoder = pretrain(parse(PretrainConfig, [*sys.argv[1:], '--seed', os.environ['RANK']]))",
+    )
+    result = launch(tmp_path, script, *SETTINGS, "--batch_size", "128")
+    assert result.returncode != 0
+    assert result.stderr.count("byol_timm: error:") == 1
+    assert "process 1 was started with other settings than process 0" in result.stderr
+
+
+def test_hosts_that_share_no_disk_cannot_resume(tmp_path):
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    config = parse(PretrainConfig, [*SETTINGS, "--batch_size", "256", "--output_dir", str(tmp_path / "run")])
+    AcceleratorState._reset_state(reset_partial_state=True)
+    pretrain(config)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    script = TRAIN.replace(
+        "import os\n", f"import os\n        if os.environ['RANK'] == '1': os.chdir({str(elsewhere)!r})\n"
+    )
+    result = launch(tmp_path, script, *SETTINGS, "--batch_size", "128", "--resume")
+    assert result.returncode != 0
+    assert result.stderr.count("byol_timm: error:") == 1
+    assert "process 1 finds other checkpoints in run than process 0" in result.stderr
+
+
+def test_an_error_of_one_process_alone_is_told_by_it(tmp_path):
+    script = TRAIN.replace(
+        "encoder = pretrain(parse(PretrainConfig))",
+        "from byol_timm import errors\n"
+        "        errors.ALONE_SECONDS = 2\n"
+        "        dataset = 'digits' if os.environ['RANK'] == '0' else 'no/such/folder'\n"
+        "        encoder = pretrain(parse(PretrainConfig, [*sys.argv[1:], '--dataset', dataset]))",
+    )
+    result = launch(tmp_path, script, *SETTINGS, "--batch_size", "128")
+    assert result.returncode != 0
+    errors = [line for line in result.stderr.splitlines() if line.startswith("byol_timm: error:")]
+    assert sum("no/such/folder" in line for line in errors) == 1
+
+
+def test_a_bad_image_of_any_process_ends_all_with_its_name(tmp_path):
+    from PIL import Image
+
+    (tmp_path / "images").mkdir()
+    for index in range(32):
+        Image.new("L", (8 + index % 2, 8), index * 8).save(tmp_path / "images" / f"{index}.png")
+    (tmp_path / "images" / "7.png").write_bytes(b"\x89PNG\r\n\x1a\n and nothing more")
+    settings = [*SETTINGS, "--dataset", "images", "--batch_size", "8", "--on_bad_image", "error", "--workers", "0"]
+    result = launch(tmp_path, TRAIN, *settings)
+    assert result.returncode != 0
+    assert result.stderr.count("byol_timm: error:") == 1
+    assert "7.png" in result.stderr
