@@ -23,7 +23,8 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from ..errors import ByolTimmError
-from ..files import _digest, _sync, seal
+from ..files import digest as manifest_digest
+from ..files import seal, sync_folder
 
 logger = logging.getLogger(__name__)
 
@@ -206,12 +207,12 @@ def _write(folder: Path, step: int, files: Mapping[str, Mapping[str, Tensor]], s
             entries[_STATE] = _write_file(temporary / _STATE, state.encode())
             manifest = {"format": FORMAT, "step": step, "files": entries}
             _write_file(temporary / _MANIFEST, seal(manifest))
-            _sync(temporary)
+            sync_folder(temporary)
         except OSError:
             shutil.rmtree(temporary)
             raise
         os.rename(temporary, final)
-        _sync(folder)
+        sync_folder(folder)
         for old in [s for s in _steps(folder) if s <= step][: -max(keep, 2)]:
             _remove(folder / f"step-{old}")
     except OSError as error:
@@ -258,7 +259,7 @@ def _read(path: Path, names: Collection[str] | None = None) -> tuple[int, dict[s
         raise _Damaged(f"{_MANIFEST}: {error.strerror}") from error
     except (ValueError, KeyError, AttributeError, TypeError):
         raise _Damaged(f"{_MANIFEST} is damaged") from None
-    if digest != _digest(manifest):
+    if digest != manifest_digest(manifest):
         raise _Damaged(f"{_MANIFEST} is damaged")
     if version > FORMAT:
         raise ByolTimmError(
