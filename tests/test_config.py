@@ -11,7 +11,7 @@ from byol_timm.errors import ByolTimmError
 
 def test_every_field_is_a_flag_with_help():
     result = subprocess.run(
-        [sys.executable, "-c", "from byol_timm.config import *; parse(PretrainConfig, ['--help'])"],
+        [sys.executable, "-m", "byol_timm", "--help"],
         capture_output=True,
         text=True,
         env={"COLUMNS": "200", "PATH": ""},

@@ -459,6 +459,6 @@ def test_fingerprint_tells_images_apart(photos, saved, tmp_path):
 
 
 def test_import_leaves_heavy_libraries_alone():
-    code = "import sys, byol_timm.sources; print([name for name in ('datasets', 'sklearn') if name in sys.modules])"
+    code = "import sys, byol_timm.data; print([name for name in ('datasets', 'sklearn') if name in sys.modules])"
     output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert output.strip() == "[]"

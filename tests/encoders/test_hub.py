@@ -785,8 +785,8 @@ def test_without_a_network_what_is_in_the_cache_loads_and_the_rest_is_one_line(t
     from byol_timm.encoders import load_encoder
     result = next(load_encoder(name, pretrained=True).parameters()).sum().item()
     """
-    read = "from byol_timm.sources import open_dataset; open_dataset(name)"
-    stream = "from byol_timm.shards import open_stream; open_stream(name)"
+    read = "from byol_timm.data import open_dataset; open_dataset(name)"
+    stream = "from byol_timm.data import open_stream; open_stream(name)"
     with Client(tmp_path, "http://127.0.0.1:9") as alone:
         assert alone.run(load, name="test_resnet") == next(network.parameters()).sum().item()
         for code, name in (load, "test_vit"), (read, "somebody/images"), (stream, "somebody/images"):

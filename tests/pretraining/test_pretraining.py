@@ -27,7 +27,7 @@ from byol_timm.config import EvaluationConfig
 from byol_timm.encoders import freeze_parts
 from byol_timm.errors import ByolTimmError
 from byol_timm.evaluation import dataset_features, extract_features, heldout, knn, open_evaluation
-from byol_timm.pretraining import journal, open_images, plan
+from byol_timm.pretraining import journal, open_images
 from byol_timm.pretraining import run as pretraining_run
 from byol_timm.training import (
     MAX_SKIPPED_STEPS,
@@ -251,7 +251,7 @@ def test_the_probe_leaves_no_trace_in_the_encoder(run, tmp_path, monkeypatch):
         splits = open_images(config)
         return dataclasses.replace(splits, train=dataclasses.replace(splits.train, labels=None), test=None)
 
-    monkeypatch.setattr(plan, "open_images", unlabelled)
+    monkeypatch.setattr(pretraining_run, "open_images", unlabelled)
     pretrain(quick(tmp_path / "run"))
     assert not any("linear" in row for row in read_metrics(tmp_path / "run" / "metrics.jsonl"))
     assert weights(tmp_path / "run") == weights(folder)
@@ -610,7 +610,7 @@ def test_too_little_memory_is_told_in_one_line_with_advice(tmp_path, monkeypatch
         encoder.__class__ = Hungry
         return encoder
 
-    monkeypatch.setattr(plan, "initial_encoder", create)
+    monkeypatch.setattr(pretraining_run, "initial_encoder", create)
     message = (
         r"out of memory with 256 images of 32x32 at once \(CUDA out of memory\. Tried .*\)\. Lower --batch_size and"
     )

@@ -22,5 +22,6 @@ def test_every_fault_has_a_test_or_a_reason_why_not(fault, behaviour, test):
     if named is None:
         assert test.startswith("not tested")
         return
-    tree = ast.parse((TESTS / named[1]).read_text(encoding="utf-8"))
+    (file,) = TESTS.rglob(named[1])
+    tree = ast.parse(file.read_text(encoding="utf-8"))
     assert named[2] in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
