@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import difflib
 import io
 import logging
 import os
@@ -19,7 +18,7 @@ import yaml
 
 from . import errors
 from .config import Config
-from .errors import ByolTimmError, one_line
+from .errors import ByolTimmError, nearest, one_line
 
 
 def parse(config_class: type[Config], argv: Sequence[str] | None = None) -> Config:
@@ -126,12 +125,6 @@ class _Console(logging.Handler):
         sys.stdout.flush()
 
 
-def nearest(name: str, names: Sequence[str]) -> str:
-    """`name` of `names` that a typing error most likely meant, as the end of a sentence."""
-    near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-    return f"Did you mean {near[0]}?" if near else f"Known: {', '.join(names)}"
-
-
 def _take_config(argv: list[str]) -> tuple[str | None, list[str]]:
     rest, named, index = [], None, 0
     while index < len(argv):
@@ -155,9 +148,9 @@ def _config_file(named: str) -> Path:
         return known[named]
     if path.is_file() or path.suffix in (".yaml", ".yml") or len(path.parts) > 1:
         return path
-    near = difflib.get_close_matches(named, known, cutoff=0.5)
-    guess = f" Did you mean {' or '.join(near)}?" if near else ""
-    raise ByolTimmError(f"no preset {named!r}.{guess} Presets: {', '.join(known)}; or give a YAML file")
+    guess = nearest(named, known)
+    others = f" Known: {', '.join(known)};" if guess.startswith("Did") else ";"
+    raise ByolTimmError(f"no preset {named!r}. {guess}{others} or give a YAML file")
 
 
 def _check_flags(argv: list[str], names: list[str]) -> None:

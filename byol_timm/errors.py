@@ -1,7 +1,8 @@
 """The one error that byol_timm raises for faults its user can mend, and the text of others in one line."""
 
+import difflib
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,13 @@ def one_line(error: object) -> str:
     """What an error says, on one line of at most 200 characters and without tokens of the Hub."""
     text = " ".join(SECRET_VALUE.sub(REDACTED, str(error)).split())
     return text[:200] or type(error).__name__
+
+
+def nearest(name: str, names: Collection[str]) -> str:
+    """Return the sentence for an unknown name: the most similar one of `names`, or all of them."""
+    # Nobody reads a list of a hundred names.
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.5 if len(names) < 100 else 0.0)
+    return f"Did you mean {near[0]}?" if near else f"Known: {', '.join(names)}"
 
 
 SECRET_KEY = re.compile(r"token|secret|password|(^|_)key(_|$)", re.IGNORECASE)

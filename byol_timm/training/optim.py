@@ -1,7 +1,6 @@
 """Optimizers as BYOL uses them: LARS, parameter groups, and the learning rate as a function of the step."""
 
 import dataclasses
-import difflib
 import math
 from collections.abc import Callable, Iterable
 from fnmatch import fnmatchcase
@@ -11,7 +10,7 @@ import torch
 from torch import nn
 
 from ..byol import target_decay
-from ..errors import ByolTimmError, one_line
+from ..errors import ByolTimmError, nearest, one_line
 
 
 class LARS(torch.optim.Optimizer):
@@ -98,11 +97,10 @@ def create_optimizer(
         return LARS(groups, lr)
     from timm.optim import create_optimizer_v2, get_optimizer_info, list_optimizers
 
-    known, name = list_optimizers(), opt.lower().removeprefix("lookahead_")
+    known, name = [str(name) for name in list_optimizers()], opt.lower().removeprefix("lookahead_")
     # timm's own `lars`, which it would take for LARS, is another.
     if name not in known or name == "lars":
-        near = difflib.get_close_matches(opt.lower(), known, n=1, cutoff=0.0)[0]
-        raise ByolTimmError(f"unknown optimizer {opt!r}. Did you mean {near}?")
+        raise ByolTimmError(f"unknown optimizer {opt!r}. {nearest(opt.lower(), known)}")
     if get_optimizer_info(name).second_order:
         raise ByolTimmError(f"{opt} needs second derivatives, which training has none of. Choose another --opt")
     for group in groups:

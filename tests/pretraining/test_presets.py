@@ -116,7 +116,7 @@ def test_an_unknown_preset_is_one_line_with_the_nearest_names_and_all(typed, mea
     with pytest.raises(ByolTimmError) as caught:
         settings(typed)
     message = str(caught.value)
-    assert message.startswith(f"no preset '{typed}'. {f'Did you mean {meant}' if meant else 'Presets:'}")
+    assert message.startswith(f"no preset '{typed}'. {f'Did you mean {meant}' if meant else 'Known:'}")
     assert all(name in message for name in presets()) and "\n" not in message
 
 
