@@ -154,27 +154,26 @@ def pretrain(config: PretrainConfig) -> nn.Module:
         }
         fault = f"sees other images in {settings.dataset} than process 0. Give all hosts the same files"
         check_same(data["fingerprint"], fault)
+        # Lay out, prepare, then resume: the restored state follows the memory format and the device of the parameters.
+        _lay_out(byol, settings, accelerator)
+        group: Any = None
+        if accelerator.num_processes > 1 and accelerator.device.type == "cuda":
+            group = torch.distributed.new_group(backend="gloo")
+        model, optimizer = prepare(accelerator, byol, optimizer)
         step = 0
         saved: dict[str, Any] = {}
         if settings.resume:
-            step, saved = _resume(settings, schedule, data, folder, byol, optimizer, probe)
+            step, saved = _resume(settings, schedule, data, folder, byol, optimizer.optimizer, probe)
             fault = f"finds other checkpoints in {folder} than process 0. Give all hosts one --output_dir to share"
             check_same(str(step), fault)
+        if accelerator.scaler is not None and "scaler" in saved:
+            accelerator.scaler.load_state_dict(saved["scaler"])
         if accelerator.is_main_process:
             (folder / "config.yaml").write_text(to_yaml(settings), encoding="utf-8")
             write_json(folder / "environment.json", environment(accelerator))
         accelerator.init_trackers(
             "byol_timm", config={name: str(v) for name, v in redact(dataclasses.asdict(settings)).items()}
         )
-
-        # Devices, processes, memory layout.
-        _lay_out(byol, settings, accelerator)
-        group: Any = None
-        if accelerator.num_processes > 1 and accelerator.device.type == "cuda":
-            group = torch.distributed.new_group(backend="gloo")
-        model, optimizer = prepare(accelerator, byol, optimizer)
-        if accelerator.scaler is not None and "scaler" in saved:
-            accelerator.scaler.load_state_dict(saved["scaler"])
 
         # What reads, watches and writes.
         decoded = _decoded(settings, splits, interruption, step)

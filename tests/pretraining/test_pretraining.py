@@ -211,6 +211,16 @@ def test_a_run_that_goes_on_from_a_checkpoint_ends_with_the_same_bits_and_figure
     assert [row["step"] for row in first if "linear" in row] == [5]
 
 
+def test_an_optimizer_that_reduces_over_its_state_resumes_to_the_same_bits(tmp_path):
+    changes = dict(backbone="test_convnext", opt="lamb", lr=0.002, save_every=3, knn_every=9)
+    pretrain(quick(tmp_path / "run", **changes))
+    wanted = weights(tmp_path / "run")
+    for path in ("checkpoints/step-5", "encoder"):
+        shutil.rmtree(tmp_path / "run" / path)
+    pretrain(quick(tmp_path / "run", **changes, resume=True))
+    assert weights(tmp_path / "run") == wanted
+
+
 def test_figures_are_means_over_the_steps_since_the_last_line_whatever_the_interval_was(run, tmp_path):
     folder, _ = run
     again = tmp_path / "run"
