@@ -116,6 +116,8 @@ class PretrainConfig:
     """Memory layout; None: channels_last for convolutional encoders."""
     seed: int = 0
     """Everything random is a function of this seed and the position in training."""
+    split_seed: int = 0
+    """Seed of the split into training and held-out images, where the dataset has no labelled test split."""
 
     output_dir: str | None = None
     """Folder of the run; None: runs/BACKBONE-DATASET."""
@@ -179,6 +181,8 @@ class EvaluationConfig:
 
     seed: int = 0
     """Everything random is a function of this seed."""
+    split_seed: int = 0
+    """Seed of the split into training and held-out images, where the dataset has no labelled test split."""
     output: str | None = None
     """Folder for results.json, confusion.png and labelled.json, the rows whose labels a classifier learned from."""
     debug: bool = False

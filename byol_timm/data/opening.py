@@ -28,16 +28,18 @@ def open_dataset(
     label_column: str | None = None,
     in_chans: int = 3,
     value_range: ValueRange = None,
-    seed: int = 0,
+    split_seed: int = 0,
     hold_out: bool = True,
 ) -> Splits:
-    """The images that `dataset` names: `digits`, a folder of images, parquet or arrow files, or a Hub dataset id.
+    """Open `digits`, a folder of images, parquet or arrow files, or a dataset of the Hub.
 
     `digits` are scikit-learn's 1,797 scans. The classes of a folder are its first-level folders, its splits folders
-    `train` and `test` (or `validation`, `valid`, `val`). Without a labelled test split, a tenth of every class is held
-    out by `seed`; without labels nothing is, nor with `hold_out` False, which takes no other split to test on either.
-    `in_chans` is 1 (grey), 3 (RGB), 4 (RGBA), or as many channels as TIFF stacks and arrays have. `value_range` is what
-    becomes black and white of images of more than 8 bits. Raises `ByolTimmError`.
+    `train` and `test` (or `validation`, `valid`, `val`). Raises `ByolTimmError`.
+
+    in_chans: 1 (grey), 3 (RGB), 4 (RGBA), or as many channels as TIFF stacks and arrays have.
+    value_range: the values of images of more than 8 bits that become black and white.
+    split_seed: draws the tenth of every class that is held out where there is no labelled test split.
+    hold_out: False keeps all images of the split in `train` and gives no test images.
     """
     check_value_range(dataset, value_range)
     path = Path(dataset).expanduser()
@@ -57,10 +59,11 @@ def open_dataset(
     elif path.is_file() and path.suffix not in TABLES:
         raise ByolTimmError(f"dataset {dataset} is a file. Give a folder of images, or a .parquet or .arrow file")
     elif path.exists() or re.fullmatch(HUB_ID, dataset):
-        parts = _columns(_load_tables(dataset, path, config), dataset, image_column, label_column)
+        tables = _load_tables(dataset, path, config)
+        parts = _columns(tables, dataset, image_column, label_column, local=path.exists())
     else:
         raise ByolTimmError(f"data folder {dataset} does not exist. Check --dataset")
-    splits = _choose(parts, dataset, split, in_chans, seed, held_out if hold_out else None)
+    splits = _choose(parts, dataset, split, in_chans, split_seed, held_out if hold_out else None)
     test = replace(splits.test, value_range=value_range) if splits.test else None
     return Splits(replace(splits.train, value_range=value_range), test, splits.note)
 

@@ -23,10 +23,10 @@ logger = logging.getLogger(__name__)
 class _Rows:
     """Images in a column of a table: encoded files (bytes, or the paths of files) or arrays."""
 
-    def __init__(self, table: "datasets.Dataset", column: str, split: str) -> None:
+    def __init__(self, table: "datasets.Dataset", column: str, split: str, follow: bool) -> None:
         import datasets
 
-        self.column, self.split = column, split
+        self.column, self.split, self.follow = column, split, follow
         kind, table = table.features[column], table.select_columns([column])
         self.arrays = isinstance(kind, (datasets.Array2D, datasets.Array3D))
         self.table = table.with_format("numpy", dtype=kind.dtype) if self.arrays else table.with_format("arrow")
@@ -67,7 +67,10 @@ class _Rows:
                 self._cells = self.table[:].column(self.column)
             cell = self._cells[row].as_py()
             if isinstance(cell, dict):
-                cell = _file_content(cell["path"]) if cell["bytes"] is None and cell["path"] else cell["bytes"]
+                named = cell["path"] if cell["bytes"] is None else None
+                if named and not self.follow:
+                    raise BadImage("the cell names a file on this machine, which a table of the Hub may not")
+                cell = _file_content(named) if named else cell["bytes"]
         if cell is None:
             raise BadImage("the cell is empty")
         return cell
@@ -137,13 +140,25 @@ def _quiet(datasets: Any) -> Iterator[None]:
 
 
 def _columns(
-    tables: "dict[str, datasets.Dataset]", name: str, image_column: str | None, label_column: str | None
+    tables: "dict[str, datasets.Dataset]",
+    name: str,
+    image_column: str | None,
+    label_column: str | None,
+    *,
+    local: bool,
 ) -> dict[str, _Part]:
-    """The images and classes of every split of a table."""
+    """Return the images and classes of every split of a table.
+
+    Cells may name image files in local tables, and where `datasets` itself downloaded a folder of images from the Hub.
+    """
     features = next(iter(tables.values())).features
     images, labels = choose_columns(features, name, image_column, label_column)
     return {
-        split: _Part(_Rows(table, images, split), len(table), *_classes(table, labels))
+        split: _Part(
+            _Rows(table, images, split, local or table.info.builder_name == "imagefolder"),
+            len(table),
+            *_classes(table, labels),
+        )
         for split, table in tables.items()
     }
 

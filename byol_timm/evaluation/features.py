@@ -104,7 +104,7 @@ def open_evaluation(config: EvaluationConfig, *, labelled: bool = True) -> tuple
         config.encoder, image_size=config.image_size, in_chans=config.in_chans, pretrained=config.pretrained
     )
     channels = resolve_model_data_config(encoder)["input_size"][0]
-    splits = open_dataset(**data_settings(config), in_chans=channels, seed=config.seed, hold_out=labelled)
+    splits = open_dataset(**data_settings(config), in_chans=channels, split_seed=config.split_seed, hold_out=labelled)
     warn_of_few_levels(splits.train)
     if labelled and splits.test is None:
         raise ByolTimmError(f"{config.dataset} has no labels to evaluate with. Name their column with --label_column")

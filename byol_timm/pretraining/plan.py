@@ -97,7 +97,7 @@ MANY_TINY = 0.1
 
 def open_images(config: PretrainConfig) -> Splits:
     """The images that the settings name, of those to train on the share that they name, and those held out."""
-    splits = open_dataset(**data_settings(config), in_chans=config.in_chans, seed=config.seed)
+    splits = open_dataset(**data_settings(config), in_chans=config.in_chans, split_seed=config.split_seed)
     warn_of_few_levels(splits.train)
     if config.image_share == 1:
         return splits

@@ -1,3 +1,4 @@
+import hashlib
 import math
 import os
 import subprocess
@@ -10,8 +11,11 @@ import torch
 from pictures import DIGITS, decode, deep, digits_table, encoded, npy, one_line, photo, pixels_of, write_folder
 from PIL import Image
 
-from byol_timm.data import BadImage, fingerprint, open_dataset, opening, tables, warn_of_few_levels
+from byol_timm.config import EvaluationConfig, PretrainConfig
+from byol_timm.data import BadImage, fingerprint, open_dataset, warn_of_few_levels
 from byol_timm.errors import ByolTimmError
+from byol_timm.evaluation import open_evaluation
+from byol_timm.pretraining import open_images
 
 
 @pytest.fixture(autouse=True)
@@ -45,9 +49,18 @@ def test_digits_are_the_scans_with_a_fifth_of_every_class_held_out():
     assert "held out" in splits.note
 
 
-def test_held_out_images_depend_on_the_seed_alone():
-    assert np.array_equal(open_dataset(seed=1).test.rows, open_dataset(seed=1).test.rows)
-    assert not np.array_equal(open_dataset(seed=1).test.rows, open_dataset(seed=2).test.rows)
+def test_held_out_images_depend_on_the_split_seed_alone():
+    rows = open_dataset().test.rows
+    assert hashlib.sha256(rows.tobytes()).hexdigest()[:16] == "f71c9ddf317ebe27"
+    assert np.array_equal(open_dataset(split_seed=1).test.rows, open_dataset(split_seed=1).test.rows)
+    assert not np.array_equal(open_dataset(split_seed=1).test.rows, rows)
+    for seed in (0, 1):
+        _, evaluated, _ = open_evaluation(EvaluationConfig(encoder="test_resnet", seed=seed))
+        for splits in (evaluated, open_images(PretrainConfig(seed=seed))):
+            assert np.array_equal(splits.test.rows, rows)
+    _, evaluated, _ = open_evaluation(EvaluationConfig(encoder="test_resnet", split_seed=1))
+    for splits in (evaluated, open_images(PretrainConfig(split_seed=1))):
+        assert np.array_equal(splits.test.rows, open_dataset(split_seed=1).test.rows)
 
 
 @pytest.mark.parametrize("channels", [1, 3, 4, 7])
@@ -298,7 +311,8 @@ def test_images_stored_as_paths_are_read(tmp_path):
     write_folder(tmp_path, ["images/1.png"])
     paths = [str(tmp_path / "images/1.png"), str(tmp_path / "images/2.png")]
     table = datasets.Dataset.from_dict({"image": [{"path": path, "bytes": None} for path in paths]})
-    images = opening._choose(tables._columns({"train": table}, "x", None, None), "x", None, 3, 0, 0.1).train
+    table.save_to_disk(tmp_path / "table")
+    images = open_dataset(str(tmp_path / "table")).train
     assert images.decode(0).shape == (3, 16, 20)
     with pytest.raises(BadImage, match=r"2\.png: No such file"):
         images.decode(1)
@@ -425,9 +439,9 @@ def test_without_a_split_named_train_one_must_be_chosen(tmp_path):
     assert len(splits.train) + len(splits.test) == 20
 
 
-def test_selected_rows_of_a_table_keep_their_order():
-    table = digits_table(50).select([7, 3, 30, 12])
-    images = opening._choose(tables._columns({"train": table}, "x", None, None), "x", None, 3, 0, 0.1).train
+def test_selected_rows_of_a_table_keep_their_order(tmp_path):
+    digits_table(50).select([7, 3, 30, 12]).save_to_disk(tmp_path)
+    images = open_dataset(str(tmp_path), hold_out=False).train
     assert images.labels.tolist() == DIGITS.target[[7, 3, 30, 12]].tolist()
     assert torch.equal(images.decode(2)[0], torch.tensor(DIGITS.images[30] * 15).byte())
 
@@ -445,7 +459,7 @@ def test_fingerprint_tells_images_apart(photos, saved, tmp_path):
     assert fingerprint(open_dataset(folder).train) == fingerprint(open_dataset(photos).train)
     sources = [
         train,
-        open_dataset(seed=1).train,
+        open_dataset(split_seed=1).train,
         open_dataset(in_chans=1).train,
         train.subset(range(100)),
         open_dataset(photos).train,

@@ -7,13 +7,15 @@ import socket
 import time
 from pathlib import Path
 
+import datasets
+import pyarrow.parquet
 import pytest
 import timm
 import torch
 import torchvision
 from hub_client import Client, Failed
 from loopback_hub import LoopbackHub
-from pictures import DIGITS, digits_table, photo
+from pictures import DIGITS, digits_table, encoded, photo
 from safetensors.torch import load_file, save_file
 
 from byol_timm.encoders import (
@@ -851,6 +853,29 @@ def test_images_of_a_data_set_on_the_hub_come_by_its_id_and_nothing_stands_in_fo
         with pytest.raises(Failed) as failed:
             client.run(code, name=name, split=split)
         assert_one_line(failed, *texts)
+
+
+def test_a_table_of_the_hub_reads_no_local_picture_and_a_folder_of_images_there_is_read(hub, client, tmp_path):
+    photo(12, 10).save(tmp_path / "private.png")
+    rows = [{"bytes": encoded(photo(12, 10, place)), "path": None} for place in range(3)]
+    rows.append({"bytes": None, "path": str(tmp_path / "private.png")})
+    table = datasets.Dataset.from_dict({"image": rows}, features=datasets.Features({"image": datasets.Image()}))
+    # Not `to_parquet`, which would put the picture inside.
+    pyarrow.parquet.write_table(table.data.table, tmp_path / "a.parquet")
+    hub.create("tester/spy", files={"a.parquet": (tmp_path / "a.parquet").read_bytes()})
+    hub.create("tester/folder", files={f"train/{name}.png": encoded(photo(12, 10)) for name in ("cat", "dog")})
+    code = """
+    from byol_timm.data import BadImage, open_dataset
+    images, result = open_dataset(name).train, []
+    for index in range(len(images)):
+        try:
+            result.append(list(images.decode(index).shape))
+        except BadImage as reason:
+            result.append(str(reason))
+    """
+    *shapes, reason = client.run(code, name="tester/spy")
+    assert shapes == [[3, 10, 12]] * 3 and "names a file on this machine" in reason
+    assert client.run(code, name="tester/folder") == [[3, 10, 12]] * 2
 
 
 class Planted:
