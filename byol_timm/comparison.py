@@ -20,7 +20,7 @@ from torch import nn
 
 from .config import PretrainConfig, check
 from .data import Images, Splits, fingerprint
-from .encoders import fit_backbone, has_convolutions, has_residual_init, load_encoder, normalization
+from .encoders import create_encoder, fit_backbone, has_convolutions, has_residual_init, normalization
 from .errors import ByolTimmError
 from .evaluation import (
     PROTOCOLS,
@@ -284,7 +284,7 @@ def _encoder(folder: Path, settings: Any, origin: Origin) -> nn.Module | None:
                     resume=True,
                 )
             )
-        return load_encoder(f"local-dir:{run}/encoder", image_size=settings.image_size)
+        return create_encoder(f"local-dir:{run}/encoder", image_size=settings.image_size)
     try:
         return initial_encoder(dataclasses.replace(settings, pretrained=origin.start == "pretrained"))
     except ByolTimmError as error:

@@ -30,7 +30,7 @@ class PretrainConfig:
     zero_init_last: bool = True
     """Start residual branches at zero, as timm does; --no_zero_init_last starts them at one, as the paper does."""
     training_state: str | None = None
-    """Start all networks from a checkpoint: RUN/checkpoints/step-N, or hf-hub:user/name with its training state."""
+    """Start all networks from a checkpoint: RUN/checkpoints/step-N."""
     image_size: int | None = None
     """Side of the square training images; None: 32 for digits, the images' own size up to 64, else 224."""
     in_chans: int = 3
@@ -143,8 +143,6 @@ class PretrainConfig:
     """Make the Hub repository public."""
     license: str | None = None
     """Licence of the weights as the Hub writes it, for example cc-by-4.0; the training images may restrict it."""
-    push_training_state: bool = False
-    """Push target network and heads too, so that somebody else can continue with --training_state."""
     dry_run: bool = False
     """Print what would be done, leave views.png in OUTPUT_DIR-dry_run, and stop."""
     debug: bool = False
@@ -235,9 +233,8 @@ def check(config: PretrainConfig) -> None:
         raise ByolTimmError(f"--image_share must lie above 0 and be at most 1 ({config.image_share})")
     if config.crop_scale is not None and not 0 < config.crop_scale[0] <= config.crop_scale[1]:
         raise ByolTimmError(f"--crop_scale takes the lowest and the highest area {config.crop_scale}")
-    for name in ("public", "push_training_state"):
-        if getattr(config, name) and config.push_to_hub is None:
-            raise ByolTimmError(f"--{name} is for --push_to_hub. Name a repository with that")
+    if config.public and config.push_to_hub is None:
+        raise ByolTimmError("--public is for --push_to_hub. Name a repository with that")
     if config.pretrained and config.training_state is not None:
         raise ByolTimmError(f"--training_state ({config.training_state}) replaces all weights. Leave out --pretrained")
     for name in ("shuffle_buffer", "num_images"):

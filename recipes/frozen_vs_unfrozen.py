@@ -29,7 +29,7 @@ QUICK = dict(
 # Of a single run: a comparison has none of these, or one of its own.
 REFUSED = (
     *("seed", "image_share", "pretrained", "training_state", "overwrite", "dry_run", "max_time"),
-    *("push_to_hub", "public", "push_training_state"),
+    *("push_to_hub", "public"),
 )
 
 

@@ -32,8 +32,6 @@ class Push:
     """Branch to push to, created when missing."""
     license: str | None = None
     """Licence of the weights as the Hub writes it, for example cc-by-4.0; the training images may restrict it."""
-    training_state: str | None = None
-    """Checkpoint, RUN/checkpoints/step-N, to push beside the encoder, so that somebody else can continue."""
     dry_run: bool = False
     """Print what would be pushed, and stop."""
     debug: bool = False
@@ -42,16 +40,17 @@ class Push:
 
 def main() -> None:
     config = parse(Push)
-    chosen = dict(license=config.license, training_state=config.training_state)
     if config.dry_run:
-        files = files_to_push(config.folder, config.repo_id, **chosen)
+        files = files_to_push(config.folder, config.repo_id, license=config.license)
         print(f"would push to {config.repo_id}, {'public' if config.public else 'private'}:")
         for name, content in files.items():
             size = content.stat().st_size if isinstance(content, Path) else len(content)
             print(f"{size:>12,}  {name}")
         ask_for_licence(files[CARD])
         return
-    url = push_encoder(config.folder, config.repo_id, public=config.public, revision=config.revision, **chosen)
+    url = push_encoder(
+        config.folder, config.repo_id, public=config.public, revision=config.revision, license=config.license
+    )
     repo_id = "/".join(url.split("/")[3:5]) + (f"@{config.revision}" if config.revision else "")
     print(f"pushed to {url}")
     print(f'timm.create_model("hf-hub:{repo_id}", pretrained=True, num_classes=0)')

@@ -33,7 +33,7 @@ OWNERS = {
     "fsspec": {"data/streams"},
     "pyarrow": {"data/tables", "data/streams", "extraction"},
     "PIL": {"data/decoding"},
-    "huggingface_hub": {"encoders/hub", "encoders/card", "encoders/network"},
+    "huggingface_hub": {"encoders/hub", "encoders/card", "encoders/fetch"},
     "joblib": {"training/processes"},
     "matplotlib": {"report"},
     "psutil": {"training/processes"},

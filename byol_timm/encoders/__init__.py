@@ -4,6 +4,7 @@ from .card import CARD_END as CARD_END
 from .card import CARD_START as CARD_START
 from .card import merge_cards as merge_cards
 from .card import model_card as model_card
+from .check import check_encoder_folder as check_encoder_folder
 from .convert import convert_checkpoint as convert_checkpoint
 from .convert import read_checkpoint as read_checkpoint
 from .create import create_encoder as create_encoder
@@ -29,6 +30,9 @@ from .facts import (
 from .facts import (
     normalization as normalization,
 )
+from .fetch import PROBE_SECONDS as PROBE_SECONDS
+from .fetch import cache_alone_without_network as cache_alone_without_network
+from .fetch import fetch_encoder as fetch_encoder
 from .fit import (
     Fit as Fit,
 )
@@ -45,7 +49,6 @@ from .fit import (
     smallest_image_size as smallest_image_size,
 )
 from .folder import CARD as CARD
-from .folder import check_encoder_folder as check_encoder_folder
 from .folder import save_encoder as save_encoder
 from .hub import (
     ask_for_licence as ask_for_licence,
@@ -54,16 +57,7 @@ from .hub import (
     check_push as check_push,
 )
 from .hub import (
-    fetch_encoder as fetch_encoder,
-)
-from .hub import (
-    fetch_training_state as fetch_training_state,
-)
-from .hub import (
     files_to_push as files_to_push,
-)
-from .hub import (
-    load_encoder as load_encoder,
 )
 from .hub import (
     push_encoder as push_encoder,
@@ -71,5 +65,3 @@ from .hub import (
 from .hub import (
     register as register,
 )
-from .network import PROBE_SECONDS as PROBE_SECONDS
-from .network import cache_alone_without_network as cache_alone_without_network

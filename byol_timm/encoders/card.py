@@ -153,9 +153,8 @@ def _metadata(record: Mapping[str, Any], subject: str, license: str | None) -> M
 
 
 def _base_model(backbone: str | None, settings: Mapping[str, Any]) -> str | None:
-    for source in (settings.get("training_state"), backbone):
-        if source and source.startswith("hf-hub:"):
-            return source.removeprefix("hf-hub:").partition("@")[0]
+    if backbone and backbone.startswith("hf-hub:"):
+        return backbone.removeprefix("hf-hub:").partition("@")[0]
     if backbone is None or not settings.get("pretrained"):
         return None
     return timm.models.get_pretrained_cfg_value(backbone, "hf_hub_id") if timm.is_model(backbone) else None

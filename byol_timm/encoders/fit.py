@@ -261,7 +261,7 @@ def _places(backbone: str, image_size: int | None, in_chans: int, backbone_kwarg
         return 0
 
 
-def _warn_of_lost_structure(backbone: str, fit: Fit, image_size: int, backbone_kwargs: dict[str, Any]) -> None:
+def warn_of_lost_structure(backbone: str, fit: Fit, image_size: int, backbone_kwargs: dict[str, Any]) -> None:
     size = f"{image_size}x{image_size}"
     if math.prod(fit.map_size) <= FEW_PLACES:
         extra = small_image_kwargs(backbone, image_size=image_size, in_chans=fit.input_size[0], **backbone_kwargs)

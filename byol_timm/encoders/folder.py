@@ -1,37 +1,29 @@
 """Encoder folders in timm's format."""
 
-import dataclasses
 import json
-import re
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from timm.models._hub import save_config_for_hf
 from timm.models._input import get_model_input_config
-from timm.models._pretrained import PretrainedCfg
 from timm.utils import unwrap_model
 from torch import nn
 
 from ..errors import ByolTimmError, one_line, redact
 from .card import CARD_START, card_metadata, merge_cards, model_card, own_text
+from .check import CONFIG, WEIGHTS, build_on_meta, read_config, shapes
 
-CONFIG, WEIGHTS, CARD, RECORD = "config.json", "model.safetensors", "README.md", "byol.json"
+CARD, RECORD = "README.md", "byol.json"
 PICTURES = ("curves.png", "embedding.png")
 PAPER = dict(
     paper_name="Bootstrap your own latent: A new approach to self-supervised Learning", paper_ids="arXiv:2006.07733"
 )
 # Facts that the architecture's default tag brings along and that are not true of new weights.
 SOURCE_FACTS = ("origin_url", "notes", "label_names", "label_descriptions")
-# What makes timm read weights from elsewhere, or run a loader for another file format.
-FOREIGN_SOURCES = ("file", "state_dict", "hf_hub_filename")
-# Arguments of timm's factory, not of a network.
-FACTORY_ARGUMENTS = re.compile(r"pretrained.*|checkpoint_path|cache_dir|features_only|feature_cfg|model_.*|pruned")
 
 
 def save_encoder(
@@ -97,40 +89,6 @@ def save_encoder(
     return folder
 
 
-def check_encoder_folder(folder: str | Path) -> dict[str, Any]:
-    """The config of an encoder folder of any origin, after a check that timm can be trusted with it.
-
-    Known architecture, arguments of a network and nothing else, no other source of weights, weights in safetensors
-    that have every tensor of the network in its shape and only finite numbers. Raises `ByolTimmError` otherwise.
-    """
-    folder = Path(folder)
-    config = _read_config(folder)
-    if not (folder / WEIGHTS).is_file():
-        raise ByolTimmError(f"{folder} has no {WEIGHTS}. Weights in other formats go through recipes/convert.py")
-    try:
-        with torch.device("meta"):
-            network = timm.create_model(f"local-dir:{folder}", pretrained=False)
-    except (TypeError, ValueError, RuntimeError, AssertionError, KeyError) as error:
-        raise ByolTimmError(
-            f"{folder / CONFIG} describes no network that timm can build ({one_line(error)})"
-        ) from error
-    try:
-        with safe_open(folder / WEIGHTS, framework="pt") as weights:
-            names = set(weights.keys())
-            for name, tensor in network.state_dict().items():
-                if name not in names:
-                    raise ByolTimmError(f"{folder / WEIGHTS} lacks {name} of {config['architecture']}")
-                stored = weights.get_tensor(name)
-                if stored.shape != tensor.shape:
-                    shapes = f"{tuple(stored.shape)}, {config['architecture']} has {tuple(tensor.shape)}"
-                    raise ByolTimmError(f"{folder / WEIGHTS} has {name} in another shape ({shapes})")
-                if stored.is_floating_point() and not stored.isfinite().all():
-                    raise ByolTimmError(f"{folder / WEIGHTS} has weights that are not finite ({name})")
-    except (SafetensorError, OSError) as error:
-        raise ByolTimmError(f"{folder / WEIGHTS} is damaged ({one_line(error)}). Fetch or save it again") from error
-    return config
-
-
 def _check_is_timm(encoder: nn.Module) -> None:
     try:
         architecture, num_classes = encoder.pretrained_cfg["architecture"], encoder.num_classes  # type: ignore[index]
@@ -161,74 +119,18 @@ def _save_config(
 
 def _check_rebuilds(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
     """A stem or layer exchanged after `timm.create_model` would only be noticed by whoever loads the folder."""
-    with torch.device("meta"):
-        rebuilt = _shapes(timm.create_model(f"local-dir:{folder}", pretrained=False))
-    shapes = {name: tensor.shape for name, tensor in tensors.items()}
-    for name in sorted(rebuilt.keys() | shapes.keys()):
-        if rebuilt.get(name) != shapes.get(name):
+    rebuilt = shapes(build_on_meta(folder))
+    own = {name: tensor.shape for name, tensor in tensors.items()}
+    for name in sorted(rebuilt.keys() | own.keys()):
+        if rebuilt.get(name) != own.get(name):
             raise ByolTimmError(
                 f"timm would build another network than this encoder (they differ in {name}): it was changed after "
                 "timm.create_model. Ask for the change by arguments of create_model, or save its weights with torch"
             )
 
 
-def _shapes(network: nn.Module) -> dict[str, torch.Size]:
-    return {name: tensor.shape for name, tensor in network.state_dict().items()}
-
-
 def _height_and_width(image_size: int | tuple[int, int]) -> tuple[int, int]:
     return (image_size, image_size) if isinstance(image_size, int) else (image_size[0], image_size[1])
-
-
-def _read_config(folder: Path) -> dict[str, Any]:
-    """config.json of the folder, in today's layout, its types and keys checked."""
-    path = folder / CONFIG
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ByolTimmError(f"{path} cannot be read ({error.strerror}). Is it an encoder folder?") from error
-    except ValueError as error:
-        raise ByolTimmError(f"{path} is not JSON ({one_line(error)})") from error
-    if not isinstance(config, dict) or not isinstance(config.get("architecture"), str):
-        raise ByolTimmError(f"{path} names no architecture: not a timm model")
-    if "pretrained_cfg" not in config:
-        flat = {key: value for key, value in config.items() if key not in ("architecture", "num_features")}
-        config = {"architecture": config["architecture"], "pretrained_cfg": flat}
-    architecture, facts, arguments = config["architecture"], config["pretrained_cfg"], config.get("model_args", {})
-    if not timm.is_model(architecture):
-        raise ByolTimmError(f"{path}: timm {timm.__version__} has no architecture {architecture!r}. Update timm?")
-    if not isinstance(facts, dict) or not isinstance(arguments, dict):
-        raise ByolTimmError(f"{path}: pretrained_cfg and model_args must be objects")
-    unknown = facts.keys() - {field.name for field in dataclasses.fields(PretrainedCfg)} - {"labels"}
-    if unknown:
-        raise ByolTimmError(f"{path}: pretrained_cfg has the unknown key {min(unknown)!r}")
-    for key in FOREIGN_SOURCES:
-        if facts.get(key):
-            raise ByolTimmError(f"{path}: pretrained_cfg.{key} names another source of weights. Remove it")
-    if facts.get("custom_load") not in (None, False, True):
-        raise ByolTimmError(f"{path}: pretrained_cfg.custom_load asks for another file format. Remove it")
-    size = facts.get("input_size")
-    if size is not None and not (_numbers(size, int) and len(size) == 3 and min(size) > 0):
-        raise ByolTimmError(f"{path}: input_size must be three positive numbers ({size!r})")
-    for key in ("mean", "std"):
-        if facts.get(key) is not None and not _numbers(facts[key], int | float):
-            raise ByolTimmError(f"{path}: {key} must be numbers ({facts[key]!r})")
-    for key, value in arguments.items():
-        if FACTORY_ARGUMENTS.fullmatch(key) or not _is_plain(value):
-            raise ByolTimmError(f"{path}: {key!r} in model_args is no argument of a network")
-    return config
-
-
-def _numbers(value: Any, kind: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(v, kind) and not isinstance(v, bool) for v in value)
-
-
-def _is_plain(value: Any) -> bool:
-    if isinstance(value, list):
-        return all(map(_is_plain, value))
-    if isinstance(value, dict):
-        return all(map(_is_plain, value.values()))
-    return value is None or isinstance(value, bool | int | float | str)
 
 
 def _card(
@@ -244,7 +146,7 @@ def _card(
     if local is not None and CARD_START not in local:
         return local  # written by the user as a whole
     base = local if remote is None or (local and own_text(local) and not own_text(remote)) else remote
-    config = _read_config(folder)
+    config = read_config(folder)
     record = _json_of(folder / RECORD) if (folder / RECORD).is_file() else {}
     if not isinstance(record, dict):
         raise ByolTimmError(f"{folder / RECORD} is no JSON object. Remove it, or save the encoder again")

@@ -2,62 +2,32 @@
 
 import contextlib
 import dataclasses
-import hashlib
 import json
 import logging
 import re
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
-from huggingface_hub import CommitOperationAdd, HfApi, constants, get_token, hf_hub_download
+from huggingface_hub import CommitOperationAdd, HfApi, constants, get_token
 from huggingface_hub.errors import (
     EntryNotFoundError,
     HfHubHTTPError,
-    HFValidationError,
     HTTPError,
-    LocalEntryNotFoundError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
 )
-from huggingface_hub.utils import validate_repo_id
 from timm.models import _registry
 from timm.models._pretrained import PretrainedCfg
-from torch import nn
 
 from ..errors import REDACTED, ByolTimmError, one_line, redact
-from ..files import seal
 from .card import card_metadata
-from .create import create_encoder
-from .folder import (
-    CARD,
-    CONFIG,
-    PICTURES,
-    RECORD,
-    WEIGHTS,
-    _card,
-    _json,
-    _json_of,
-    _shapes,
-    _text_of,
-    check_encoder_folder,
-)
-from .network import cache_alone_without_network, why_unreachable
+from .check import CONFIG, WEIGHTS, check_encoder_folder, shapes
+from .fetch import check_repo_name, fetch_encoder, why_unreachable
+from .folder import CARD, PICTURES, RECORD, _card, _json, _json_of, _text_of
 
 logger = logging.getLogger(__name__)
-
-TRAINING_STATE = "training_state"
-# Of a checkpoint, what a run starts from.
-STATE_FILES = ("manifest.json", "state.json", "byol.safetensors")
-# What it means that a repository lacks a file.
-WITHOUT = {
-    CONFIG: "is it a timm model?",
-    WEIGHTS: "its weights are in another, possibly unsafe, format",
-    TRAINING_STATE: "it was pushed without its training state",
-}
 
 
 class PushError(ByolTimmError):
@@ -66,86 +36,13 @@ class PushError(ByolTimmError):
     exit_code = 3
 
 
-def fetch_encoder(name: str) -> Path:
-    """The folder, yet to be checked, behind `user/name`, `user/name@revision` or either with `hf-hub:` in front.
-
-    Two files are fetched, by name. Without a network the copy in the cache is used, and said so. Raises
-    `ByolTimmError` when there is none, and for a repository that is missing, private, gated or no timm model.
-    """
-    return _fetch(name, (CONFIG, WEIGHTS))
-
-
-def fetch_training_state(name: str) -> Path:
-    """The checkpoint that was pushed beside the encoder `user/name`, as `fetch_encoder` fetches that."""
-    return _fetch(name, [f"{TRAINING_STATE}/{file}" for file in STATE_FILES]) / TRAINING_STATE
-
-
-def _fetch(name: str, files: Sequence[str]) -> Path:
-    """The folder of the cache with these files of one commit, and nothing else that was not fetched before."""
-    repo_id, _, revision = name.removeprefix("hf-hub:").partition("@")
-    _check_name(repo_id)
-    unreachable = why_unreachable()
-    if unreachable:
-        logger.warning(f"{unreachable}; using the cached copy of {repo_id}")
-    folder: Path | None = None
-    for file in files:
-        commit = folder.name if folder else revision or None
-        try:
-            path = hf_hub_download(repo_id, file, revision=commit, local_files_only=unreachable is not None)
-        except RepositoryNotFoundError as error:
-            page = f"{constants.ENDPOINT}/{repo_id}"
-            raise ByolTimmError(
-                f"{repo_id} is not on the Hub, or private, or gated. Check the name, run `hf auth login`, or accept "
-                f"its terms at {page}"
-            ) from error
-        except RevisionNotFoundError as error:
-            raise ByolTimmError(f"{repo_id} has no revision {revision!r}") from error
-        except LocalEntryNotFoundError as error:
-            reason = unreachable or f"the Hub did not deliver it ({one_line(error.__cause__ or error)})"
-            raise ByolTimmError(f"{repo_id} is not in the cache and {reason}. Try again later") from error
-        except EntryNotFoundError as error:
-            raise ByolTimmError(f"{repo_id} has no {file}: {WITHOUT.get(file, WITHOUT[TRAINING_STATE])}") from error
-        except (HfHubHTTPError, HTTPError, OSError) as error:
-            raise ByolTimmError(f"{repo_id} could not be fetched ({one_line(error)}). Try again later") from error
-        folder = Path(path).parents[file.count("/")]
-    assert folder is not None
-    return folder
-
-
-def load_encoder(
-    name: str, *, image_size: int | None = None, in_chans: int | None = None, **settings: Any
-) -> nn.Module:
-    """`create_encoder` with what is behind `hf-hub:` or `local-dir:` fetched and checked first.
-
-    image_size, in_chans: None takes those the encoder was trained with, and of a bare timm name its own size and RGB.
-    Raises `ByolTimmError` as `fetch_encoder`, `check_encoder_folder` and `create_encoder` do.
-    """
-    source, _, place = name.partition(":")
-    if source == "hf-hub":
-        place = str(fetch_encoder(place))
-    if source in ("hf-hub", "local-dir"):
-        config = check_encoder_folder(place)
-        name = f"local-dir:{place}"
-        in_chans = in_chans or (config["pretrained_cfg"].get("input_size") or (3,))[0]
-    downloads = ":" not in name and settings.get("pretrained")
-    with cache_alone_without_network() if downloads else contextlib.nullcontext() as unreachable:
-        try:
-            return create_encoder(name, image_size=image_size, in_chans=in_chans or 3, **settings)
-        except ByolTimmError as error:
-            if unreachable and isinstance(error.__cause__, LocalEntryNotFoundError):
-                raise ByolTimmError(
-                    f"the pretrained weights of {name} are not in the cache and {unreachable}. Try again later"
-                ) from error
-            raise
-
-
 def check_push(repo_id: str, *, public: bool = False, token: str | None = None) -> str:
     """The full `user/name` of the Hub repository, which exists afterwards and can be written to.
 
     Asks for name, token, network, and permission, in this order; within 5 seconds where there is no network. Creates
     the repository, private unless `public`. Raises `ByolTimmError` with what to do about it.
     """
-    _check_name(repo_id)
+    check_repo_name(repo_id)
     token = token or get_token()
     if token is None:
         raise ByolTimmError("no Hugging Face token. Run `hf auth login` or set HF_TOKEN")
@@ -182,19 +79,17 @@ def push_encoder(
     public: bool = False,
     revision: str | None = None,
     license: str | None = None,
-    training_state: str | Path | None = None,
     token: str | None = None,
 ) -> str:
     """The address of the Hub repository that now holds the encoder, pushed in one commit.
 
     folder: what `save_encoder` wrote, or the run folder around it. public: a new repository is private otherwise.
     revision: branch to push to, created when missing. license: as the Hub writes it, `cc-by-4.0`.
-    training_state: folder of a checkpoint (safetensors and JSON), pushed as `training_state/` beside the encoder.
 
     Text of the user in an earlier card stays. Raises `ByolTimmError` for what the user can mend, and `PushError` (exit
     code 3) when the Hub fails; the folder stays as it is and the message holds the command to try again.
     """
-    files = files_to_push(folder, repo_id, license=license, training_state=training_state)
+    files = files_to_push(folder, repo_id, license=license)
     try:
         repo_id = check_push(repo_id, public=public, token=token)
         token = token or get_token()
@@ -211,7 +106,7 @@ def push_encoder(
     except ByolTimmError as error:
         command = ["python", "recipes/push_encoder.py", str(folder), repo_id]
         command += ["--public"] * public
-        for flag, value in (("revision", revision), ("license", license), ("training_state", training_state)):
+        for flag, value in (("revision", revision), ("license", license)):
             command += [f"--{flag}", str(value)] if value is not None else []
         raise type(error)(f"{error}. The encoder is safe in {folder}; to push it: {shlex.join(command)}") from error
     return f"{constants.ENDPOINT}/{repo_id}" + (f"/tree/{revision}" if revision else "")
@@ -222,10 +117,9 @@ def files_to_push(
     repo_id: str,
     *,
     license: str | None = None,
-    training_state: str | Path | None = None,
 ) -> dict[str, Any]:
     """What `push_encoder` would upload: names in the repository, each with its content or the path of its file."""
-    _check_name(repo_id)
+    check_repo_name(repo_id)
     encoder = _encoder_folder(folder)
     check_encoder_folder(encoder)
     config = _json_of(encoder / CONFIG)
@@ -239,8 +133,6 @@ def files_to_push(
             if (place / picture).is_file():
                 files[picture] = place / picture
     files[CARD] = _card_to_push(folder, files, repo_id, license, None)
-    if training_state is not None:
-        files |= _training_state_files(Path(training_state))
     return files
 
 
@@ -277,7 +169,7 @@ def register(source: str, *, tag: str) -> str:
     with torch.device("meta"):
         registered = timm.create_model(architecture, pretrained_cfg=dataclasses.asdict(weights), pretrained=False)
         original = timm.create_model(f"local-dir:{folder}", pretrained=False, num_classes=0)
-    if repr(registered) != repr(original) or _shapes(registered) != _shapes(original):
+    if repr(registered) != repr(original) or shapes(registered) != shapes(original):
         arguments = ", ".join(f"{key}={value}" for key, value in config.get("model_args", {}).items())
         raise ByolTimmError(
             f"a tag of {architecture} cannot carry the arguments that the encoder was built with ({arguments}). "
@@ -294,15 +186,6 @@ def register(source: str, *, tag: str) -> str:
     _registry._model_pretrained_cfgs[name] = weights
     _registry._model_has_pretrained.add(name)
     return name
-
-
-def _check_name(repo_id: str) -> None:
-    try:
-        validate_repo_id(repo_id)
-    except HFValidationError:
-        raise ByolTimmError(
-            f"{repo_id!r} is no name of a Hub repository. Use user/name with letters, digits, '-', '_' and '.'"
-        ) from None
 
 
 @contextlib.contextmanager
@@ -350,25 +233,6 @@ def _remote_card(api: HfApi, repo_id: str, revision: str | None) -> str | None:
     except EntryNotFoundError:
         return None
     return Path(path).read_text(encoding="utf-8")
-
-
-def _training_state_files(folder: Path) -> dict[str, Any]:
-    if not folder.is_dir() or not any(folder.glob("*.safetensors")):
-        raise ByolTimmError(f"{folder} holds no training state. Name a checkpoint, RUN/checkpoints/step-N")
-    files: dict[str, Any] = {}
-    for path in sorted(folder.iterdir()):
-        if path.suffix not in (".safetensors", ".json") or not path.is_file():
-            raise ByolTimmError(f"{path} is neither safetensors nor JSON and is not pushed. Move it away")
-        files[path.name] = _redacted_file(path) if path.suffix == ".json" else path
-    if "manifest.json" in files:
-        # The manifest vouches for the bytes that are pushed, not for those before redaction.
-        manifest = json.loads(files["manifest.json"])
-        manifest.pop("sha256", None)
-        for name, entry in manifest["files"].items():
-            if name.endswith(".json"):
-                entry |= {"bytes": len(files[name]), "sha256": hashlib.sha256(files[name]).hexdigest()}
-        files["manifest.json"] = seal(manifest)
-    return {f"{TRAINING_STATE}/{name}": content for name, content in files.items()}
 
 
 def _redacted_file(path: Path) -> bytes:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..config import EvaluationConfig, check_seed, data_settings
 from ..data import Images, Splits, evaluation_batches, open_dataset, warn_of_few_levels
-from ..encoders import encoder_width, has_convolutions, load_encoder, normalization
+from ..encoders import create_encoder, encoder_width, has_convolutions, normalization
 from ..errors import ByolTimmError
 from ..views import EvaluationTransform, crop_pct
 from ..views import normalize as normalize_pixels
@@ -100,7 +100,7 @@ def open_evaluation(config: EvaluationConfig, *, labelled: bool = True) -> tuple
     check_seed(config.seed)
     # What a bare timm name gets without --pretrained.
     torch.manual_seed(config.seed)
-    encoder = load_encoder(
+    encoder = create_encoder(
         config.encoder, image_size=config.image_size, in_chans=config.in_chans, pretrained=config.pretrained
     )
     channels = resolve_model_data_config(encoder)["input_size"][0]

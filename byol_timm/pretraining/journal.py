@@ -17,7 +17,7 @@ from ..byol import BYOL, HEALTH
 from ..cli import parse
 from ..config import PretrainConfig
 from ..data import BadImage, Batch, Images, Splits, Stream, StreamSplits
-from ..encoders import fetch_training_state, load_encoder, normalization, save_encoder
+from ..encoders import create_encoder, normalization, save_encoder
 from ..errors import ByolTimmError, redact
 from ..evaluation import NEIGHBOURS, Examples, LinearProbe
 from ..files import write_json
@@ -40,7 +40,7 @@ logger = logging.getLogger(__name__)
 # What may differ between a run and its continuation; everything else decides what the weights become.
 MAY_CHANGE = frozenset(
     "batch_size output_dir save_every log_every knn_every resume overwrite max_time on_collapse report_to "
-    "push_to_hub public license push_training_state dry_run debug workers memory_limit decoded_cache "
+    "push_to_hub public license dry_run debug workers memory_limit decoded_cache "
     "on_bad_image".split()
 )
 # What decides the shapes of projector and predictor.
@@ -57,7 +57,7 @@ def redraw(folder: str | Path, *, method: Literal["pca", "tsne"] = "tsne") -> No
     folder = Path(folder)
     settings: Any = parse(PretrainConfig, ["--config", str(folder / "config.yaml")])
     layout = torch.channels_last if settings.channels_last else torch.contiguous_format
-    encoder = load_encoder(f"local-dir:{folder}/encoder").to(memory_format=layout)
+    encoder = create_encoder(f"local-dir:{folder}/encoder").to(memory_format=layout)
     mean, std = normalization(encoder, settings.in_chans)
     shape = dict(mean=mean, std=std, channels_last=settings.channels_last)
     splits = _open_stream(settings) if settings.streaming else open_images(settings)
@@ -66,13 +66,10 @@ def redraw(folder: str | Path, *, method: Literal["pca", "tsne"] = "tsne") -> No
 
 
 def _training_state(config: PretrainConfig) -> Checkpoint | None:
-    """The networks to start from, of a checkpoint here or on the Hub."""
+    """Return the networks to start from, of a checkpoint folder."""
     if config.training_state is None:
         return None
-    source, _, place = config.training_state.partition(":")
-    checkpoint = load_checkpoint(
-        fetch_training_state(place) if source == "hf-hub" else Path(config.training_state), {"byol"}
-    )
+    checkpoint = load_checkpoint(Path(config.training_state), {"byol"})
     settings = checkpoint.state.get("config") if isinstance(checkpoint.state, dict) else None
     if (
         "byol" not in checkpoint.tensors

@@ -9,11 +9,11 @@ from torch import nn
 from ..config import PretrainConfig, data_settings, output_dir
 from ..data import Splits, StreamSplits, open_cache, open_dataset, open_stream, share_indices, warn_of_few_levels
 from ..encoders import (
+    create_encoder,
     fetch_encoder,
     has_batch_norm,
     has_convolutions,
     is_patch_transformer,
-    load_encoder,
     parse_kwargs,
     small_image_kwargs,
 )
@@ -124,7 +124,7 @@ def initial_encoder(config: Any) -> nn.Module:
     config: with the size of the images chosen. torch's random state goes on from there.
     """
     torch.manual_seed(config.seed)
-    return load_encoder(
+    return create_encoder(
         config.backbone,
         image_size=config.image_size,
         in_chans=config.in_chans,

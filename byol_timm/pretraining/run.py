@@ -319,8 +319,7 @@ def pretrain(config: PretrainConfig) -> nn.Module:
             }
             _finish(settings, folder, encoder, record, held_out, splits, mean=mean, std=std)
             if settings.push_to_hub:
-                state = folder / "checkpoints" / f"step-{step}" if settings.push_training_state else None
-                url = push_encoder(folder, settings.push_to_hub, public=settings.public, training_state=state)
+                url = push_encoder(folder, settings.push_to_hub, public=settings.public)
                 logger.info("pushed to %s", url)
         accelerator.wait_for_everyone()
     return encoder.eval()

@@ -23,6 +23,7 @@ from byol_timm.encoders import (
     CARD_START,
     PROBE_SECONDS,
     check_encoder_folder,
+    create_encoder,
     files_to_push,
     merge_cards,
     model_card,
@@ -30,7 +31,6 @@ from byol_timm.encoders import (
     save_encoder,
 )
 from byol_timm.errors import ByolTimmError, redact
-from byol_timm.training import load_checkpoint, load_latest, save_checkpoint
 
 TOKEN, READER, STRANGER = (f"hf_{name}{'x' * 30}" for name in ("writer", "reader", "other"))
 RECIPE = Path(__file__).parents[2] / "recipes" / "push_encoder.py"
@@ -189,11 +189,11 @@ def huge(config):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda c: c.clear(), "names no architecture"),
+        (lambda c: c.clear(), "does not name an architecture"),
         (lambda c: c.update(architecture="resnet_18"), "has no architecture 'resnet_18'"),
-        (lambda c: c.update(architecture=["test_resnet"]), "names no architecture"),
+        (lambda c: c.update(architecture=["test_resnet"]), "does not name an architecture"),
         (lambda c: c.update(architecture="test_efficientnet"), "lacks"),
-        (lambda c: c.update(model_args={"evil": 1}), "no network that timm can build"),
+        (lambda c: c.update(model_args={"evil": 1}), "does not describe a network of timm"),
         (lambda c: c.update(model_args={"checkpoint_path": "/etc/passwd"}), "'checkpoint_path' in model_args"),
         (lambda c: c.update(model_args={"pretrained_strict": False}), "'pretrained_strict' in model_args"),
         (lambda c: c.update(model_args=[1]), "must be objects"),
@@ -210,7 +210,7 @@ def test_a_config_that_timm_cannot_be_trusted_with_is_refused_in_one_line(change
     check_encoder_folder(folder)
     edit(folder, change)
     with pytest.raises(ByolTimmError, match=message) as raised:
-        check_encoder_folder(folder)
+        create_encoder(f"local-dir:{folder}")
     assert "\n" not in str(raised.value)
 
 
@@ -223,18 +223,18 @@ def test_broken_files_are_refused_in_one_line(tmp_path):
     for broken, message in ((not_finite, "not finite"), (other_shape, "in another shape"), ({}, "lacks")):
         save_file(broken, folder / "model.safetensors")
         with pytest.raises(ByolTimmError, match=message):
-            check_encoder_folder(folder)
+            create_encoder(f"local-dir:{folder}")
     (folder / "model.safetensors").write_bytes(weights[: len(weights) // 2])
     with pytest.raises(ByolTimmError, match="is damaged"):
-        check_encoder_folder(folder)
+        create_encoder(f"local-dir:{folder}")
     (folder / "model.safetensors").unlink()
     with pytest.raises(ByolTimmError, match=r"has no model\.safetensors"):
-        check_encoder_folder(folder)
+        create_encoder(f"local-dir:{folder}")
     (folder / "config.json").write_text("{")
     with pytest.raises(ByolTimmError, match="is not JSON"):
-        check_encoder_folder(folder)
+        create_encoder(f"local-dir:{folder}")
     with pytest.raises(ByolTimmError, match="cannot be read"):
-        check_encoder_folder(tmp_path)
+        create_encoder(f"local-dir:{tmp_path}")
 
 
 @pytest.mark.parametrize(
@@ -356,24 +356,9 @@ def test_what_would_be_pushed_is_a_fixed_list(tmp_path):
     for name in ("curves.png", "secret.txt", "model.pkl"):
         (run / name).write_bytes(b"x")
         (run / "encoder" / name).write_bytes(b"x")
-    state = save_checkpoint(
-        run / "checkpoints", 1, {"byol": {"w": torch.ones(1)}}, {"config": {"output_dir": "/data/alice/run"}}
-    )
-    files = files_to_push(run, "user/name", training_state=state)
-    assert set(files) == {
-        "config.json", "model.safetensors", "README.md", "byol.json", "curves.png", "training_state/byol.safetensors",
-        "training_state/state.json", "training_state/manifest.json",
-    }  # fmt: skip
-    pushed = files["training_state/state.json"]
-    assert b"alice" not in pushed and b"alice" not in files["byol.json"]
-    for name in ("manifest.json", "state.json"):
-        (state / name).write_bytes(files[f"training_state/{name}"])
-    assert load_checkpoint(state, {"byol"}).state == {"config": {"output_dir": ".../run"}}
-    (state / "optimizer.pt").write_bytes(pickle.dumps(1))
-    with pytest.raises(ByolTimmError, match="neither safetensors nor JSON"):
-        files_to_push(run, "user/name", training_state=state)
-    with pytest.raises(ByolTimmError, match="holds no training state"):
-        files_to_push(run, "user/name", training_state=run)
+    files = files_to_push(run, "user/name")
+    assert set(files) == {"config.json", "model.safetensors", "README.md", "byol.json", "curves.png"}
+    assert b"alice" not in files["byol.json"]
     with pytest.raises(ByolTimmError, match="holds no encoder"):
         files_to_push(tmp_path, "user/name")
 
@@ -447,12 +432,11 @@ def check(client, repo_id, token=TOKEN, **kwargs):
 
 def fetch(client, name):
     code = """
-    from byol_timm.encoders import check_encoder_folder, fetch_encoder
-    folder = fetch_encoder(name)
-    check_encoder_folder(folder)
-    result = str(folder)
+    from byol_timm.encoders import create_encoder, fetch_encoder
+    create_encoder(name)
+    result = str(fetch_encoder(name))
     """
-    return client.run(code, name=name)
+    return client.run(code, name=f"hf-hub:{name.removeprefix('hf-hub:')}")
 
 
 def assert_one_line(failed, *texts, exit_code=2):
@@ -525,10 +509,10 @@ result = torch.equal(again(images), features)
 
 
 @pytest.mark.slow
-def test_a_run_with_a_token_leaves_it_nowhere_and_somebody_else_continues_it(hub, client, tmp_path):
+def test_a_run_with_a_token_leaves_it_nowhere_and_its_encoder_starts_another_run(hub, client, tmp_path):
     run = tmp_path / "run"
     settings = dict(backbone="test_resnet", image_size=32, batch_size=256)
-    changes = dict(settings, output_dir=str(run), push_to_hub="tester/continued", push_training_state=True)
+    changes = dict(settings, output_dir=str(run), push_to_hub="tester/continued")
     client.run(PRETRAIN, changes=changes)
     assert len(written(run)) > 10 and "pushed to" in client.output
     assert_no_token([*written(run), *pushed(hub), client.output.encode()])
@@ -546,18 +530,9 @@ def test_a_run_with_a_token_leaves_it_nowhere_and_somebody_else_continues_it(hub
     assert ("commit | " in card) == cloned and len((record["commit"] or "").rstrip("+")) == 40 * cloned
     assert str(tmp_path) not in files["byol.json"].decode()
 
-    source = "hf-hub:tester/continued"
-    changes = dict(settings, backbone=source, training_state=source, hidden_dim=None, lr=0.0, target_decay=1.0)
-    client.run(PRETRAIN, changes=dict(changes, opt="sgd", output_dir=str(tmp_path / "more")))
-    before, after = (load_latest(folder / "checkpoints").tensors["byol"] for folder in (run, tmp_path / "more"))
-    kept = [name for name in before if not name.endswith(("running_mean", "running_var", "num_batches_tracked"))]
-    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in kept)
+    changes = dict(settings, backbone="hf-hub:tester/continued", output_dir=str(tmp_path / "more"))
+    client.run(PRETRAIN, changes=changes)
     assert "base_model: tester/continued" in (tmp_path / "more" / "encoder" / "README.md").read_text()
-
-    push(client, run, "tester/without")
-    with pytest.raises(Failed) as failed:
-        client.run(PRETRAIN, changes=dict(changes, training_state="hf-hub:tester/without"))
-    assert_one_line(failed, "has no training_state/manifest.json: it was pushed without its training state")
 
 
 def test_revisions_other_sizes_and_registered_tags_come_from_the_hub(hub, client, stranger, tmp_path):
@@ -667,18 +642,6 @@ def test_arguments_of_the_network_arrive_whatever_their_names(hub, client, tmp_p
     assert "| 2 |" in pushed["README.md"].decode()
 
 
-def test_the_training_state_lies_beside_the_encoder_and_plain_timm_does_not_mind(hub, client, stranger, tmp_path):
-    folder = save(build(), tmp_path / "encoder")
-    state = tmp_path / "step-1"
-    state.mkdir()
-    save_file({"target": torch.ones(3)}, state / "byol.safetensors")
-    (state / "state.json").write_text("{}")
-    push(client, folder, "tester/state", training_state=str(state))
-    assert hub.files("tester/state")["training_state/byol.safetensors"] == (state / "byol.safetensors").read_bytes()
-    assert len(hub.messages("tester/state")) == 2
-    stranger.run("import timm; timm.create_model('hf-hub:tester/state', pretrained=True)")
-
-
 def test_what_forbids_a_push_is_told_before_training(hub, client, tmp_path):
     assert check(client, "fresh") == "tester/fresh"
     assert hub.repositories["tester/fresh"]["private"]
@@ -695,7 +658,7 @@ def test_what_forbids_a_push_is_told_before_training(hub, client, tmp_path):
         (dict(repo_id="tester/open"), ["exists and is public", "--public"]),
     ]
     for name in ("../x", "a/b/c", "a/..", "a/b c", "a/b\nc", "-a/b", "", "a/b.git", "https://hub/a/b"):
-        cases.append((dict(repo_id=name), ["is no name of a Hub repository", "user/name"]))
+        cases.append((dict(repo_id=name), ["is not the name of a Hub repository", "user/name"]))
     for arguments, texts in cases:
         with pytest.raises(Failed) as failed:
             check(client, **arguments)
@@ -784,8 +747,8 @@ def test_without_a_network_what_is_in_the_cache_loads_and_the_rest_is_one_line(t
     (commit.parents[1] / "refs").mkdir()
     (commit.parents[1] / "refs" / "main").write_text(commit.name)
     load = """
-    from byol_timm.encoders import load_encoder
-    result = next(load_encoder(name, pretrained=True).parameters()).sum().item()
+    from byol_timm.encoders import create_encoder
+    result = next(create_encoder(name, pretrained=True).parameters()).sum().item()
     """
     read = "from byol_timm.data import open_dataset; open_dataset(name)"
     stream = "from byol_timm.data import open_stream; open_stream(name)"
@@ -817,8 +780,8 @@ def test_what_is_not_there_or_not_for_us_is_told_in_one_line(hub, client, tmp_pa
         "somebody/text": ["has no config.json: is it a timm model?"],
         "somebody/text@v9": ["has no revision 'v9'"],
         "somebody/pickle": ["has no model.safetensors", "unsafe"],
-        "somebody/odd": ["names no architecture"],
-        "../../etc/passwd": ["is no name of a Hub repository"],
+        "somebody/odd": ["does not name an architecture"],
+        "../../etc/passwd": ["is not the name of a Hub repository"],
     }.items():
         with pytest.raises(Failed) as failed:
             fetch(client, f"hf-hub:{name}")
@@ -914,7 +877,7 @@ def test_the_recipe_prints_what_it_would_push_then_pushes(hub, client, tmp_path)
     # What the Hub has stays.
     assert "states no licence" not in recipe("tester/recipe", "--public")[1]
     status, _, err = recipe("tester/re cipe")
-    assert status == 2 and err.startswith("byol_timm: error: 'tester/re cipe' is no name") and err.count("\n") == 1
+    assert status == 2 and err.startswith("byol_timm: error: 'tester/re cipe' is not the name") and err.count("\n") == 1
     hub.faults[:] = [["POST", "/api/repos/create", 503, 99]]
     status, _, err = recipe("tester/recipe2")
     assert status == 3 and err.startswith("byol_timm: error: the Hub answered 503") and err.count("\n") == 1

@@ -146,7 +146,7 @@ class Handler(BaseHTTPRequestHandler):
         for pattern, method in (
             (r"/([^/]+/[^/]+?)\.git/info/lfs/objects/batch", self.lfs_batch),
             (r"/api/(?:models|datasets)/([^/]+/[^/]+)(?:/(preupload|commit|revision|branch)/([^/]+))?", self.api),
-            (r"/api/datasets/([^/]+/[^/]+)/tree/([^/]+)(?:/(.+))?", self.tree),
+            (r"/api/(?:models|datasets)/([^/]+/[^/]+)/tree/([^/]+)(?:/(.+))?", self.tree),
             (r"/(?:datasets/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)", self.download),
         ):
             match = re.fullmatch(pattern, url.path)
@@ -242,12 +242,12 @@ class Handler(BaseHTTPRequestHandler):
         return self.reply(200, info)
 
     def tree(self, repo_id, revision, folder, body):
-        """What lies directly in a folder."""
-        hub = self.server.hub
+        """List what lies directly in a folder, or with `recursive` all files below it."""
+        hub, recursive = self.server.hub, "recursive=true" in self.path.lower()
         entries, start = {}, f"{folder}/" if folder else ""
         for path, entry in hub.repositories[repo_id]["commits"][hub.resolve(repo_id, revision)]["tree"].items():
             if path.startswith(start):
-                name, inner, _ = path.removeprefix(start).partition("/")
+                name, inner, _ = path.removeprefix(start).partition("\0" if recursive else "/")
                 facts = dict(type="directory", size=0) if inner else dict(type="file", size=len(entry["data"]))
                 entries[start + name] = dict(path=start + name, oid=entry["oid"], **facts)
         return self.reply(200, list(entries.values())) if entries else self.fail(404, "EntryNotFound")

@@ -109,7 +109,6 @@ def test_the_folder_is_named_after_backbone_and_data(backbone, dataset, folder):
         dict(memory_limit=-1.0),
         dict(seed=2**64),
         dict(public=True),
-        dict(push_training_state=True),
     ],
 )
 def test_impossible_values_are_named(changes):

@@ -133,7 +133,6 @@ def test_an_output_that_cannot_be_written_is_told_before_the_work(recipe, tmp_pa
         ("pretrain.py --opt adahessian --backbone test_resnet", "adahessian needs second derivatives"),
         ("pretrain.py --opt fusedsgd --backbone test_resnet", "optimizer fusedsgd cannot be used ("),
         ("frozen_vs_unfrozen.py --training_state x", "--training_state (x) is for a single run"),
-        ("frozen_vs_unfrozen.py --push_training_state", "--push_training_state (True) is for a single run"),
         ("pretrain.py --workers -1", "--workers must be finite and not negative (-1)"),
     ],
 )
