@@ -1,4 +1,4 @@
-"""The command line: flags and YAML files to settings, errors to one line and an exit code."""
+"""Command line: flags and YAML files to a config, errors to one line and an exit code."""
 
 import contextlib
 import dataclasses
@@ -10,39 +10,40 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Sequence
+import types
+import typing
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
 import yaml
 
 from . import errors
-from .config import Config
+from .config import ORDERS, Config
 from .errors import ByolTimmError, nearest, one_line
 
 
 def parse(config_class: type[Config], argv: Sequence[str] | None = None) -> Config:
-    """The settings that the command line asks for: defaults, then the preset or YAML file of `--config`, then flags.
+    """Return the config of a command line: defaults, then the preset or YAML file of `--config`, then flags.
 
     Raises `ByolTimmError` for an unknown flag, key or preset (with the nearest valid name) and for a value of the wrong
     type.
     """
     import tyro
 
-    argv = list(sys.argv[1:] if argv is None else argv)
-    named, argv = _take_config(argv)
-    fields = dataclasses.fields(config_class)  # type: ignore[arg-type]
-    names = [field.name for field in fields]
-    _check_flags(argv, names)
-    if named is not None:
-        switches = {field.name for field in fields if field.type is bool}
-        argv = [*_file_arguments(_config_file(named), names, switches), *argv]
+    named, argv = _take_config(list(sys.argv[1:] if argv is None else argv))
+    names = [field.name for field in dataclasses.fields(config_class)]  # type: ignore[arg-type]
+    for token in argv:
+        flag = token[2:].partition("=")[0].replace("-", "_")
+        if token.startswith("--") and flag not in (*names, "help") and flag.removeprefix("no_") not in names:
+            raise ByolTimmError(f"unknown flag {token.partition('=')[0]}. {nearest(flag, names)}")
+    default = tyro.MISSING_NONPROP if named is None else read_config(config_class, _config_file(named))
     output = io.StringIO()
     try:
         with contextlib.redirect_stderr(output):
-            return tyro.cli(config_class, args=argv, use_underscores=True)
+            return tyro.cli(config_class, args=argv, default=default, use_underscores=True)
     except BrokenPipeError:
-        # The help went into a pager that was left. Python would fail once more as it empties stdout at its end.
+        # The pager that showed the help was closed. Python would fail again when it flushes stdout at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(128 + signal.SIGPIPE) from None
     except SystemExit as stop:
@@ -51,8 +52,63 @@ def parse(config_class: type[Config], argv: Sequence[str] | None = None) -> Conf
         raise ByolTimmError(_plain(output.getvalue())) from None
 
 
+def read_config(config_class: type[Config], path: Path, *, ignore: Collection[str] = ()) -> Config:
+    """Return the config of a YAML file, with defaults for what it leaves out.
+
+    ignore: keys to skip. Raises `ByolTimmError` for a file that cannot be read, an unknown key, a value of the wrong
+    type, and an order (`ORDERS`), which belongs on the command line.
+    """
+    import tyro
+
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ByolTimmError(f"config file {path} cannot be read ({error.strerror})") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ByolTimmError(f"config file {path} is not YAML ({one_line(error)})") from error
+    if not isinstance(values, dict | None):
+        raise ByolTimmError(f"config file {path} must hold `key: value` lines")
+    values = {str(key): value for key, value in (values or {}).items() if key not in ignore}
+    hints = typing.get_type_hints(config_class)
+    for key in values:
+        if key not in hints:
+            raise ByolTimmError(f"unknown key {key!r} in {path}. {nearest(key, list(hints))}")
+    if orders := [key for key in values if key in ORDERS]:
+        flags = " ".join(f"--{key}" for key in orders)
+        raise ByolTimmError(f"config file {path} holds orders ({', '.join(orders)}). Remove these lines; use {flags}")
+    for key, value in values.items():
+        try:
+            values[key] = _typed(value, hints[key])
+        except (TypeError, ValueError):
+            kind = hints[key].__name__ if isinstance(hints[key], type) else str(hints[key]).replace("typing.", "")
+            raise ByolTimmError(f"{key} in {path} must be {kind} ({value!r})") from None
+    # The command line must give what has no default.
+    required = {f.name: tyro.MISSING for f in dataclasses.fields(config_class) if f.default is dataclasses.MISSING}  # type: ignore[arg-type]
+    return config_class(**{**required, **values})
+
+
+def _typed(value: Any, hint: Any) -> Any:
+    """Return a YAML value as the type of its field, or raise `TypeError` or `ValueError`."""
+    kind, parts = get_origin(hint), get_args(hint)
+    if kind in (types.UnionType, typing.Union):
+        return None if value is None else _typed(value, next(part for part in parts if part is not types.NoneType))
+    if kind is tuple:
+        if isinstance(value, dict):
+            value = [f"{key}={item}" for key, item in value.items()]
+        items = value if isinstance(value, list) else [value]
+        hints = parts[:1] * len(items) if parts[-1] is Ellipsis else parts
+        return tuple(_typed(item, part) for item, part in zip(items, hints, strict=True))
+    if (kind is Literal and value in parts) or (hint is bool and isinstance(value, bool)):
+        return value
+    # YAML takes 1e-6 for a text and 100 for a number.
+    if hint in (int, float, str) and isinstance(value, int | float | str) and not isinstance(value, bool):
+        if hint is not int or not isinstance(value, float):
+            return hint(value)
+    raise TypeError
+
+
 def presets() -> dict[str, Path]:
-    """The YAML files that `--config` finds by name: `recipes/presets` of a clone, or what the wheel has of it."""
+    """Return the YAML files that `--config` finds by name: `recipes/presets` of a clone, or the wheel's copy."""
     package = Path(__file__).parent
     folder = package / "presets"
     if not folder.is_dir():
@@ -61,7 +117,7 @@ def presets() -> dict[str, Path]:
 
 
 def output_folder(path: str | Path) -> Path:
-    """The folder that --output names, made and written to before the work whose results it takes."""
+    """Make the folder that --output names and check that it can be written to."""
     folder = Path(path)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -72,18 +128,18 @@ def output_folder(path: str | Path) -> Path:
 
 
 def output_file(path: str) -> Path:
-    """The file that --output names, in an `output_folder`."""
+    """Return the file that --output names, after making its `output_folder`."""
     file = Path(path)
     if file.is_dir():
-        raise ByolTimmError(f"--output takes a file and {file} is a folder. Name a file in it")
+        raise ByolTimmError(f"--output must be a file and {file} is a folder. Name a file in it")
     output_folder(file.parent)
     return file
 
 
 def run(main: Callable[[], Any]) -> None:
-    """Call a recipe's `main`, its log on stdout; of `ByolTimmError` or Ctrl-C, one line on stderr and the exit code."""
+    """Call a recipe's `main` with its log on stdout; on `ByolTimmError` or Ctrl-C print one line and exit."""
     package = logging.getLogger(__package__)
-    # A notebook runs its cells again.
+    # A notebook may run its cells twice.
     package.handlers = [_Console()]
     package.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.CRITICAL)
     try:
@@ -92,29 +148,29 @@ def run(main: Callable[[], Any]) -> None:
         if "--debug" in sys.argv:
             traceback.print_exc()
         if os.environ.get("RANK", "0") == "0" or (not error.agreed and _is_alone()):
-            _tell(str(error))
+            _print_error(str(error))
         raise SystemExit(error.exit_code) from None
     except KeyboardInterrupt:
         if "--debug" in sys.argv:
             traceback.print_exc()
         if os.environ.get("RANK", "0") == "0":
-            _tell("interrupted")
+            _print_error("interrupted")
         raise SystemExit(128 + signal.SIGINT) from None
 
 
-def _tell(message: str) -> None:
+def _print_error(message: str) -> None:
     text = " ".join(f"byol_timm: error: {message}".split())
     print(text.encode(errors="backslashreplace").decode(), file=sys.stderr)
 
 
 def _is_alone() -> bool:
-    """Whether the first process goes on: had it failed too, the launcher would end this one within that time."""
+    """Return True if the first process continues: had it failed too, the launcher would end this one by then."""
     time.sleep(errors.ALONE_SECONDS)
     return True
 
 
 class _Console(logging.Handler):
-    """Messages as plain lines on stdout, above a progress bar where there is one."""
+    """Print messages as plain lines on stdout, above a progress bar if there is one."""
 
     def emit(self, record: logging.LogRecord) -> None:
         from tqdm import tqdm
@@ -126,18 +182,17 @@ class _Console(logging.Handler):
 
 
 def _take_config(argv: list[str]) -> tuple[str | None, list[str]]:
-    rest, named, index = [], None, 0
-    while index < len(argv):
-        token = argv[index]
+    """Return the value of `--config`, if any, and the other arguments."""
+    rest, named, tokens = [], None, iter(argv)
+    for token in tokens:
         if token == "--config":
-            if index + 1 == len(argv):
-                raise ByolTimmError(f"--config takes a YAML file or a preset: {', '.join(presets())}")
-            named, index = argv[index + 1], index + 2
+            named = next(tokens, "")
         elif token.startswith("--config="):
-            named, index = token.partition("=")[2], index + 1
+            named = token.partition("=")[2]
         else:
             rest.append(token)
-            index += 1
+    if named == "":
+        raise ByolTimmError(f"--config takes a YAML file or a preset: {', '.join(presets())}")
     return named, rest
 
 
@@ -153,46 +208,8 @@ def _config_file(named: str) -> Path:
     raise ByolTimmError(f"no preset {named!r}. {guess}{others} or give a YAML file")
 
 
-def _check_flags(argv: list[str], names: list[str]) -> None:
-    for token in argv:
-        if token.startswith("--"):
-            flag = token[2:].partition("=")[0].replace("-", "_")
-            if flag not in (*names, "help") and flag.removeprefix("no_") not in names:
-                raise ByolTimmError(f"unknown flag {token.partition('=')[0]}. {nearest(flag, names)}")
-
-
-def _file_arguments(path: Path, names: list[str], switches: set[str]) -> list[str]:
-    """The settings of a YAML file as command-line arguments, so that both are read by one parser.
-
-    switches: settings that are on or off and take no value on the command line.
-    """
-    try:
-        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ByolTimmError(f"config file {path} cannot be read ({error.strerror})") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ByolTimmError(f"config file {path} is not YAML ({one_line(error)})") from error
-    if settings is None:
-        return []
-    if not isinstance(settings, dict):
-        raise ByolTimmError(f"config file {path} must hold `key: value` lines")
-    arguments: list[str] = []
-    for key, value in settings.items():
-        if key not in names:
-            raise ByolTimmError(f"unknown key {key!r} in {path}. {nearest(str(key), names)}")
-        if isinstance(value, bool) and key in switches:
-            arguments.append(f"--{key}" if value else f"--no_{key}")
-        elif isinstance(value, dict):
-            arguments += [f"--{key}", *(f"{k}={v}" for k, v in value.items())]
-        elif isinstance(value, list):
-            arguments += [f"--{key}", *map(str, value)]
-        else:
-            arguments += [f"--{key}", str(value)]
-    return arguments
-
-
 def _plain(message: str) -> str:
-    """The first paragraph of a boxed message of the parser, in one line."""
+    """Return the first paragraph of tyro's boxed message as one line."""
     lines = [line.strip(" │") for line in message.splitlines() if not line.startswith(("╭", "╰"))]
     paragraph: list[str] = []
     for line in lines:
@@ -202,5 +219,6 @@ def _plain(message: str) -> str:
     return " ".join(paragraph)
 
 
-def _count(number: int, noun: str) -> str:
+def counted(number: int, noun: str) -> str:
+    """Return a number with its noun, `1 step` or `1,200 steps`."""
     return f"{number:,} {noun}" + "s" * (number != 1)

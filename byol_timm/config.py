@@ -1,4 +1,4 @@
-"""Settings: frozen dataclasses whose fields are command-line flags and the keys of YAML presets."""
+"""Config: frozen dataclasses whose fields are command-line flags and the keys of YAML presets."""
 
 import dataclasses
 import math
@@ -10,21 +10,23 @@ import yaml
 from .errors import ByolTimmError
 
 Config = TypeVar("Config")
+# What a command does besides training: never written to config.yaml, and refused in a file that --config reads.
+ORDERS = frozenset("output_dir resume overwrite max_time push_to_hub public dry_run debug".split())
 
 
 @dataclasses.dataclass(frozen=True)
 class PretrainConfig:
-    """Pretrain a timm backbone with BYOL. Without any flag: resnet18 on scikit-learn's digits, in minutes on a CPU.
+    """Pretrain a timm backbone with BYOL. Without flags: resnet18 on scikit-learn's digits, a few minutes on a CPU.
 
-    --config takes a preset by name (--config alone lists them) or a YAML file; flags win over it. A setting left at
-    None is chosen by the data and the backbone; the run prints what it chose and writes it to config.yaml. Devices,
-    mixed precision and gradient accumulation belong to accelerate launch.
+    --config takes a preset by name (--config alone lists them) or a YAML file; flags override it. Defaults of None
+    depend on the data and the backbone; each run prints the values it chose and writes them to config.yaml. Devices,
+    mixed precision and gradient accumulation are options of accelerate launch.
     """
 
     backbone: str = "resnet18"
-    """A timm name, with a pretrained tag or without; hf-hub:user/name; local-dir:folder."""
+    """timm model name, with or without a pretrained tag; hf-hub:user/name; local-dir:folder."""
     backbone_kwargs: tuple[str, ...] = ()
-    """Arguments of the timm model as key=value, or `auto`: what keeps spatial structure in small images."""
+    """Arguments of the timm model as key=value, or `auto`: add the one that keeps a larger feature map if needed."""
     pretrained: bool = False
     """Start from the backbone's pretrained weights."""
     zero_init_last: bool = True
@@ -32,47 +34,47 @@ class PretrainConfig:
     training_state: str | None = None
     """Start all networks from a checkpoint: RUN/checkpoints/step-N."""
     image_size: int | None = None
-    """Side of the square training images; None: 32 for digits, the images' own size up to 64, else 224."""
+    """Training image size in pixels (default: 32 for digits, the images' own size up to 64, else 224)."""
     in_chans: int = 3
-    """Channels of the images as the encoder sees them: 1 grey, 3 RGB, 4 RGBA, or as many as the files have."""
+    """Image channels that the encoder gets: 1 grey, 3 RGB, 4 RGBA, or as many as the files have."""
 
     dataset: str = "digits"
-    """`digits`; a folder of images; a .parquet or .arrow file or a folder of them; a Hub dataset id."""
+    """`digits`; an image folder; a .parquet or .arrow file or a folder of them; a Hugging Face dataset id."""
     dataset_config: str | None = None
-    """Configuration of a Hub dataset."""
+    """Configuration of a Hugging Face dataset."""
     split: str | None = None
-    """Split to train on; None: train."""
+    """Split to train on (default: train)."""
     image_column: str | None = None
-    """Column that holds the images; None: the only one of type image."""
+    """Column of the images (default: the only image column)."""
     label_column: str | None = None
-    """Column that holds the labels, used for evaluation only; None: the only one of type class label."""
+    """Column of the labels, used only to report accuracy (default: the only class label column)."""
     value_range: tuple[float, float] | None = None
-    """Values of images of 16 bits and more that become black and white; None: all that 16 bits can hold."""
+    """Pixel values that become black and white, for images of more than 8 bits (default: the full 16-bit range)."""
     image_share: float = 1.0
-    """Share of the training images to train on, drawn by the seed; a smaller share is part of a larger one."""
+    """Fraction of the training images to train on, drawn by the seed; smaller fractions are part of larger ones."""
     workers: int | None = None
-    """Processes that decode images, once if memory or cache holds them, else always; None: one per core, at most 8."""
+    """Data-loading workers (default: one per core, at most 8)."""
     memory_limit: float = 2.0
-    """Images of one shape are held decoded in memory up to this many GB."""
+    """Cache decoded images in RAM if they all have the same size, up to this many GB per process."""
     decoded_cache: str | None = None
-    """Folder where all images to train on are kept decoded, on a fast disk: decoded once, not in every epoch."""
+    """Folder on a fast disk for decoded images: decode each image once instead of in every epoch."""
     decoded_side: int | None = None
-    """With --decoded_cache: shrink images to this shorter side, to save room; None: keep them as they are."""
+    """With --decoded_cache: shrink images to this shorter side to save disk space (default: keep their size)."""
     streaming: bool = False
-    """Read parquet, arrow or tar (webdataset) shards, here or on the Hub, bit by bit and without a copy on disk."""
+    """Read parquet, arrow or tar (webdataset) shards in sequence, local or on the Hub, without a copy on disk."""
     shuffle_buffer: int | None = None
-    """With --streaming: images that are held in memory, encoded, to shuffle them; None: 10,000."""
+    """With --streaming: number of encoded images held in memory to shuffle them (default: 10,000)."""
     num_images: int | None = None
-    """With --streaming: how many images the split has, where its files do not say."""
+    """With --streaming: number of images of the split, if its files do not say."""
     fast_jpeg: bool = False
-    """Decode JPEG at a half to an eighth where crops stay twice the views' size: for large photos; other bits."""
+    """Decode large JPEG photos at reduced resolution. Faster; pixel values differ slightly."""
     on_bad_image: Literal["skip", "error"] = "skip"
-    """An image that cannot be read is replaced by another one and counted, or ends the run."""
+    """Replace and count images that cannot be read, or stop at the first one."""
 
     augmentation: Literal["auto", "paper", "torchvision", "small", "digits"] = "auto"
-    """Named set of augmentations; auto: digits for digits, small up to 64 px, else paper."""
+    """Set of augmentations; auto: digits for digits, small for images up to 64 pixels, else paper."""
     crop_scale: tuple[float, float] | None = None
-    """Area of the random crop as a fraction of the image, lowest and highest."""
+    """Smallest and largest area of the random crop, as a fraction of the image."""
     rotate: float | None = None
     """Largest random rotation in degrees."""
     flip: float | None = None
@@ -80,105 +82,128 @@ class PretrainConfig:
     jitter: float | None = None
     """Probability of colour jitter."""
     colors: Literal["paper", "torchvision"] | None = None
-    """Definition of the colour operations: the authors' code or torchvision."""
+    """Formulas of the colour operations: those of the authors' code or those of torchvision."""
     blur: tuple[float, float] | None = None
     """Probability of Gaussian blur for view 1 and view 2."""
     solarize: tuple[float, float] | None = None
     """Probability of solarization for view 1 and view 2."""
 
     epochs: int | None = None
-    """Passes over the training images."""
+    """Passes over the training images (default: 100)."""
     batch_size: int | None = None
     """Images per process and forward pass; the global batch is this times processes times accumulation."""
     opt: str | None = None
-    """lars, adamw, sgd, or any optimizer of timm; None: lars for networks with BatchNorm, adamw for others."""
+    """lars, adamw, sgd, or any timm optimizer (default: lars for backbones with BatchNorm, else adamw)."""
     lr: float | None = None
-    """Base learning rate, per 256 images of the global batch."""
+    """Base learning rate per 256 images of the global batch; required for optimizers other than lars, adamw, sgd."""
     weight_decay: float | None = None
-    """Weight decay, biases and norms exempt."""
+    """Weight decay; biases and norms are exempt."""
     target_decay: float | None = None
     """tau at the first step; it rises to 1 along a cosine."""
     warmup_epochs: float | None = None
-    """Epochs over which the learning rate rises linearly from 0."""
+    """Epochs of linear learning rate warm-up."""
     hidden_dim: int | None = None
-    """Hidden width of projector and predictor (paper: 4096)."""
+    """Hidden width of projector and predictor (default: 4096, as in the paper)."""
     projection_dim: int = 256
     """Output width of projector and predictor."""
     num_head_layers: int | None = None
-    """Layers of the projector: 2 as in the paper, or 3; None: 3 for transformers, else 2."""
+    """Layers of the projector, 2 or 3 (default: 3 for transformers, else 2 as in the paper)."""
     freeze: tuple[str, ...] | None = None
-    """Modules or `stem` to leave as they are, BatchNorm statistics too; None: the patch embedding of transformers."""
+    """Modules to freeze, or `stem`; their BatchNorm statistics are frozen too (default: patch embedding of ViTs)."""
     grad_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, slower."""
     compile: bool = False
     """Compile the networks with torch.compile."""
     channels_last: bool | None = None
-    """Memory layout; None: channels_last for convolutional encoders."""
+    """channels_last memory format (default: for convolutional encoders)."""
     seed: int = 0
-    """Everything random is a function of this seed and the position in training."""
+    """Random seed; fixes weights, data order and augmentation."""
     split_seed: int = 0
     """Seed of the split into training and held-out images, where the dataset has no labelled test split."""
 
     output_dir: str | None = None
-    """Folder of the run; None: runs/BACKBONE-DATASET."""
+    """Run folder (default: runs/BACKBONE-DATASET)."""
     save_every: int | None = None
-    """Steps between checkpoints; None: ten in all, or every 2,000 steps if that is more often."""
+    """Steps between checkpoints (default: a tenth of the run, at most 2,000)."""
     log_every: int | None = None
-    """Steps between lines of metrics; None: fifty in all, or every 100 steps if that is more often."""
+    """Steps between lines of metrics (default: a fiftieth of the run, at most 100)."""
     knn_every: int | None = None
-    """Epochs between kNN evaluations, where labels exist; None: at most ten times, and at both ends."""
+    """Epochs between kNN evaluations, if there are labels (default: at most ten in a run)."""
     resume: bool = False
-    """Continue the run in output_dir from its newest good checkpoint."""
+    """Resume the run in output_dir from its newest good checkpoint."""
     overwrite: bool = False
-    """Discard what output_dir holds."""
+    """Replace the run in output_dir."""
     max_time: float | None = None
     """Minutes after which the run stops with a checkpoint."""
     on_collapse: Literal["warn", "stop"] = "warn"
     """What to do when the representation collapses."""
     report_to: tuple[str, ...] = ()
-    """Trackers besides metrics.jsonl: tensorboard, trackio, wandb, ... (through Accelerate)."""
+    """Trackers in addition to metrics.jsonl: tensorboard, trackio, wandb, ... (through Accelerate)."""
     push_to_hub: str | None = None
-    """Push the encoder to this Hub repository (user/name) at the end, private unless --public."""
+    """Push the encoder to this Hub repository (user/name) at the end; private unless --public."""
     public: bool = False
     """Make the Hub repository public."""
     license: str | None = None
-    """Licence of the weights as the Hub writes it, for example cc-by-4.0; the training images may restrict it."""
+    """License of the weights as the Hub spells it, such as cc-by-4.0; the training images may restrict it."""
     dry_run: bool = False
-    """Print what would be done, leave views.png in OUTPUT_DIR-dry_run, and stop."""
+    """Print what the run would do, save example views in OUTPUT_DIR-dry_run, and stop."""
     debug: bool = False
     """Show the traceback of an error."""
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings(PretrainConfig):
+    """A config with every value decided by the images and the encoder."""
+
+    image_size: int
+    augmentation: Literal["paper", "torchvision", "small", "digits"]
+    epochs: int
+    batch_size: int
+    opt: str
+    lr: float
+    weight_decay: float
+    target_decay: float
+    warmup_epochs: float
+    hidden_dim: int
+    num_head_layers: int
+    freeze: tuple[str, ...]
+    channels_last: bool
+    output_dir: str
+    save_every: int
+    log_every: int
+    knn_every: int
+
+
 @dataclasses.dataclass(frozen=True)
 class EvaluationConfig:
-    """What any evaluation needs to know: which encoder, on which images."""
+    """The encoder and the images of an evaluation."""
 
     encoder: str = "local-dir:runs/resnet18-digits/encoder"
-    """local-dir:RUN/encoder, hf-hub:user/name, or a timm name: random weights, or pretrained ones with --pretrained."""
+    """local-dir:RUN/encoder, hf-hub:user/name, or a timm name (untrained unless --pretrained)."""
     pretrained: bool = False
     """Use the pretrained weights of a timm name."""
     image_size: int | None = None
-    """Side of the square images; None: what the encoder was trained with."""
+    """Image size in pixels (default: as in training)."""
     in_chans: int | None = None
-    """Channels of the images; None: what the encoder was trained with."""
+    """Image channels (default: as in training)."""
 
     dataset: str = "digits"
-    """`digits`; a folder of images; a .parquet or .arrow file or a folder of them; a Hub dataset id."""
+    """`digits`; an image folder; a .parquet or .arrow file or a folder of them; a Hugging Face dataset id."""
     dataset_config: str | None = None
-    """Configuration of a Hub dataset."""
+    """Configuration of a Hugging Face dataset."""
     split: str | None = None
-    """Split that classifiers and neighbours learn from; None: train."""
+    """Split that classifiers learn from (default: train)."""
     image_column: str | None = None
-    """Column that holds the images; None: the only one of type image."""
+    """Column of the images (default: the only image column)."""
     label_column: str | None = None
-    """Column that holds the labels; None: the only one of type class label."""
+    """Column of the labels (default: the only class label column)."""
     value_range: tuple[float, float] | None = None
-    """Values of images of 16 bits and more that become black and white, as in pretraining."""
+    """Pixel values that become black and white, for images of more than 8 bits, as in training."""
     workers: int | None = None
-    """Processes that decode images; None: one per core, at most 8."""
+    """Data-loading workers (default: one per core, at most 8)."""
 
     seed: int = 0
-    """Everything random is a function of this seed."""
+    """Random seed."""
     split_seed: int = 0
     """Seed of the split into training and held-out images, where the dataset has no labelled test split."""
     output: str | None = None
@@ -187,8 +212,8 @@ class EvaluationConfig:
     """Show the traceback of an error."""
 
 
-def data_settings(config: Any) -> dict[str, Any]:
-    """The settings that say which images are meant, as `open_dataset` and `open_stream` take them."""
+def data_settings(config: PretrainConfig | EvaluationConfig) -> dict[str, Any]:
+    """Return the fields that select the images, as `open_dataset` and `open_stream` take them."""
     names = ("split", "image_column", "label_column", "value_range")
     return {
         "dataset": config.dataset,
@@ -197,70 +222,80 @@ def data_settings(config: Any) -> dict[str, Any]:
     }
 
 
-def to_yaml(config: Any) -> str:
-    """A config as the text of a file that `--config` reads back to the same values."""
-    values = {
-        key: list(value) if isinstance(value, tuple) else value for key, value in dataclasses.asdict(config).items()
-    }
+def without_orders(config: PretrainConfig) -> dict[str, Any]:
+    """Return the fields that decide what comes out of a run, not what the command does besides."""
+    return {name: value for name, value in dataclasses.asdict(config).items() if name not in ORDERS}
+
+
+def to_yaml(config: PretrainConfig) -> str:
+    """Return the text of a file that `--config` reads back to the same values; it has no `ORDERS`."""
+    fields = without_orders(config).items()
+    values = {name: list(value) if isinstance(value, tuple) else value for name, value in fields}
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
 
 
 def output_dir(config: PretrainConfig) -> Path:
-    """The folder of the run: as asked, or `runs/BACKBONE-DATASET`."""
-    return Path(config.output_dir or f"runs/{_file_name(config.backbone)}-{_file_name(config.dataset)}")
+    """Return the run folder: as asked, or `runs/BACKBONE-DATASET`."""
+    names = (Path(text.rpartition(":")[2]).name or "run" for text in (config.backbone, config.dataset))
+    return Path(config.output_dir or f"runs/{'-'.join(names)}")
+
+
+_POSITIVE = (
+    *("image_size", "in_chans", "epochs", "batch_size", "hidden_dim", "projection_dim", "save_every", "log_every"),
+    *("knn_every", "max_time", "shuffle_buffer", "num_images", "decoded_side"),
+)
+_NOT_NEGATIVE = ("lr", "weight_decay", "warmup_epochs", "rotate", "workers", "memory_limit")
+_PROBABILITIES = ("target_decay", "flip", "jitter", "blur", "solarize", "crop_scale")
 
 
 def check(config: PretrainConfig) -> None:
-    """Refuse values that no run can have, before anything is read."""
-    positive = ("image_size", "in_chans", "epochs", "batch_size", "hidden_dim", "projection_dim", "save_every")
-    for name in (*positive, "log_every", "knn_every", "max_time", "shuffle_buffer", "num_images", "decoded_side"):
-        value = getattr(config, name)
-        if value is not None and value <= 0:
-            raise ByolTimmError(f"--{name} must be positive ({value})")
+    """Raise `ByolTimmError` for values that no run can have, before anything is read."""
+    for name, value in dataclasses.asdict(config).items():
+        for number in value if isinstance(value, tuple) else (value,):
+            if not isinstance(number, int | float):
+                continue
+            if name in _POSITIVE and number <= 0:
+                raise ByolTimmError(f"--{name} must be positive ({number})")
+            if name in _NOT_NEGATIVE and not 0 <= number < math.inf:
+                raise ByolTimmError(f"--{name} must be finite and not negative ({number})")
+            if name in _PROBABILITIES and not 0 <= number <= 1:
+                raise ByolTimmError(f"--{name} must be between 0 and 1 ({number})")
+    check_seed(config.seed)
     if config.batch_size == 1:
         raise ByolTimmError("--batch_size must be 2 or more (1): BatchNorm compares the images of a batch")
-    for name in ("lr", "weight_decay", "warmup_epochs", "rotate", "workers", "memory_limit"):
-        value = getattr(config, name)
-        if value is not None and not 0 <= value < math.inf:
-            raise ByolTimmError(f"--{name} must be finite and not negative ({value})")
-    for name in ("target_decay", "flip", "jitter", "blur", "solarize", "crop_scale"):
-        value = getattr(config, name)
-        for number in value if isinstance(value, tuple) else (value,):
-            if number is not None and not 0 <= number <= 1:
-                raise ByolTimmError(f"--{name} must lie between 0 and 1 ({number})")
-    check_seed(config.seed)
     if not 0 < config.image_share <= 1:
-        raise ByolTimmError(f"--image_share must lie above 0 and be at most 1 ({config.image_share})")
+        raise ByolTimmError(f"--image_share must be above 0 and at most 1 ({config.image_share})")
     if config.crop_scale is not None and not 0 < config.crop_scale[0] <= config.crop_scale[1]:
-        raise ByolTimmError(f"--crop_scale takes the lowest and the highest area {config.crop_scale}")
-    if config.public and config.push_to_hub is None:
-        raise ByolTimmError("--public is for --push_to_hub. Name a repository with that")
+        raise ByolTimmError(f"--crop_scale takes the smallest and the largest area {config.crop_scale}")
+    if config.num_head_layers not in (None, 2, 3):
+        raise ByolTimmError(f"--num_head_layers must be 2 or 3 ({config.num_head_layers})")
     if config.pretrained and config.training_state is not None:
-        raise ByolTimmError(f"--training_state ({config.training_state}) replaces all weights. Leave out --pretrained")
+        raise ByolTimmError(f"--training_state ({config.training_state}) replaces all weights. Remove --pretrained")
+    _check_companions(config)
+
+
+def _check_companions(config: PretrainConfig) -> None:
+    """Raise `ByolTimmError` for flags that need another one, or do not work with it."""
+    if config.public and config.push_to_hub is None:
+        raise ByolTimmError("--public needs --push_to_hub. Name the repository with it")
     for name in ("shuffle_buffer", "num_images"):
         if getattr(config, name) is not None and not config.streaming:
-            raise ByolTimmError(f"--{name} ({getattr(config, name)}) is for --streaming. Leave it out")
+            raise ByolTimmError(f"--{name} ({getattr(config, name)}) needs --streaming. Remove it")
     if config.streaming and config.image_share != 1:
-        raise ByolTimmError(f"--image_share ({config.image_share:g}) needs all images. Leave out --streaming")
+        raise ByolTimmError(f"--image_share ({config.image_share:g}) does not work with --streaming. Remove one")
     if config.streaming and config.memory_limit != PretrainConfig.memory_limit:
         raise ByolTimmError(
-            f"--memory_limit ({config.memory_limit:g}) is for decoded images and --streaming holds none. "
-            "Use --shuffle_buffer"
+            f"--memory_limit ({config.memory_limit:g}) does not work with --streaming, which caches no decoded "
+            "images. Use --shuffle_buffer"
         )
     if config.streaming and config.decoded_cache is not None:
-        raise ByolTimmError(f"--decoded_cache ({config.decoded_cache}) holds all images. Leave out --streaming")
+        raise ByolTimmError(f"--decoded_cache ({config.decoded_cache}) does not work with --streaming. Remove one")
     if config.fast_jpeg and config.decoded_cache is not None:
-        raise ByolTimmError("--fast_jpeg saves nothing where images are decoded once. Leave out --decoded_cache")
+        raise ByolTimmError("--fast_jpeg does not work with --decoded_cache, which decodes images once. Remove one")
     if config.decoded_side is not None and config.decoded_cache is None:
-        raise ByolTimmError(f"--decoded_side ({config.decoded_side}) is for --decoded_cache. Name a folder with that")
-    if config.num_head_layers not in (None, 2, 3):
-        raise ByolTimmError(f"--num_head_layers is 2 or 3 ({config.num_head_layers})")
+        raise ByolTimmError(f"--decoded_side ({config.decoded_side}) needs --decoded_cache. Name a folder with it")
 
 
 def check_seed(seed: int) -> None:
     if not -(2**63) <= seed < 2**63:
         raise ByolTimmError(f"--seed must fit into 64 bits ({seed})")
-
-
-def _file_name(text: str) -> str:
-    return Path(text.rpartition(":")[2]).name or "run"

@@ -5,7 +5,7 @@ import sys
 import pytest
 
 from byol_timm.cli import parse
-from byol_timm.config import PretrainConfig, to_yaml
+from byol_timm.config import ORDERS, PretrainConfig, to_yaml
 from byol_timm.errors import ByolTimmError
 
 
@@ -33,14 +33,40 @@ def test_flags_take_underscores_and_dashes_alike():
     "config",
     [
         PretrainConfig(),
-        PretrainConfig(backbone_kwargs=("output_stride=8",), channels_last=False, resume=True, blur=(0.5, 0.25)),
+        PretrainConfig(backbone_kwargs=("output_stride=8",), channels_last=False, blur=(0.5, 0.25)),
         PretrainConfig(dataset="my images/猫", lr=1e-7, freeze=(), report_to=("tensorboard", "trackio")),
-        PretrainConfig(freeze=("stem", "layer1"), channels_last=True, zero_init_last=False, max_time=0.5),
+        PretrainConfig(freeze=("stem", "layer1"), channels_last=True, zero_init_last=False, value_range=(0.0, 4095.0)),
     ],
 )
 def test_a_written_config_reads_back_to_the_same_values(tmp_path, config):
     (tmp_path / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
     assert parse(PretrainConfig, ["--config", str(tmp_path / "config.yaml")]) == config
+
+
+def test_a_written_config_holds_no_orders(tmp_path):
+    orders = dict(output_dir="runs/x", resume=True, overwrite=True, max_time=0.5, dry_run=True, debug=True)
+    orders |= dict(push_to_hub="user/name", public=True)
+    assert orders.keys() == ORDERS
+    (tmp_path / "config.yaml").write_text(to_yaml(PretrainConfig(lr=0.5, **orders)), encoding="utf-8")
+    assert parse(PretrainConfig, ["--config", str(tmp_path / "config.yaml")]) == PretrainConfig(lr=0.5)
+
+
+@pytest.mark.parametrize("order", sorted(ORDERS))
+def test_a_file_that_holds_an_order_is_refused_by_its_name(tmp_path, order):
+    path = tmp_path / "config.yaml"
+    path.write_text(f"lr: 0.5\n{order}: false\n")
+    message = rf"config.yaml holds orders \({order}\)\. Remove these lines; use --{order}$"
+    with pytest.raises(ByolTimmError, match=message):
+        parse(PretrainConfig, ["--config", str(path)])
+
+
+def test_values_of_a_file_become_the_types_of_the_fields(tmp_path):
+    (tmp_path / "config.yaml").write_text(
+        "weight_decay: 1e-6\nlr: 1\nfreeze: stem\nbackbone_kwargs: {output_stride: 8}\ndataset: 100\nblur: [1, 0]\n"
+    )
+    config = parse(PretrainConfig, ["--config", str(tmp_path / "config.yaml")])
+    assert (config.weight_decay, config.lr, config.dataset) == (1e-6, 1.0, "100")
+    assert (config.freeze, config.backbone_kwargs, config.blur) == (("stem",), ("output_stride=8",), (1.0, 0.0))
 
 
 def test_flags_win_over_the_file(tmp_path):
@@ -73,7 +99,12 @@ def test_a_wrong_flag_is_refused_in_one_line(arguments, message):
         ("bacth_size: 3\n", "unknown key 'bacth_size'"),
         ("- 1\n- 2\n", "must hold `key: value` lines"),
         ("lr: [1\n", "is not YAML"),
-        ("epochs: often\n", "epochs"),
+        ("epochs: often\n", "must be int | None ('often')"),
+        ("epochs: 1.5\n", "epochs in "),
+        ("blur: [0.1]\n", "blur in "),
+        ("resume_from: x\n", "unknown key"),
+        ("pretrained: 1\n", "pretrained in "),
+        ("on_collapse: cry\n", "must be Literal['warn', 'stop'] ('cry')"),
     ],
 )
 def test_a_wrong_file_is_refused_in_one_line(tmp_path, text, message):

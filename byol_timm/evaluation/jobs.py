@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..cli import _count, output_folder
+from ..cli import counted, output_folder
 from ..config import EvaluationConfig
 from ..errors import ByolTimmError
 from ..files import write_json
@@ -34,7 +34,7 @@ def evaluate_classifier(config: EvaluationConfig, protocol: str = "quick", *, fr
 def accuracy_lines(metrics: Mapping[str, Any], class_names: Sequence[str]) -> list[str]:
     """`classification_metrics` for people: accuracies in percent, and the classes that go wrong most."""
     low, high = metrics["top1_interval"]
-    images = _count(metrics["images"], "image")
+    images = counted(metrics["images"], "image")
     lines = [f"  top-1 {metrics['top1']:6.1%} of {images} (95 % interval {low:.1%} to {high:.1%})"]
     if metrics["top5"] is not None:
         lines += [f"  top-5 {metrics['top5']:6.1%}"]

@@ -15,7 +15,7 @@ import torch
 from accelerate import Accelerator
 
 from ..byol import BYOL
-from ..cli import _count
+from ..cli import counted
 from ..data import Images, Splits, StreamSplits, copied_ahead
 from ..errors import ByolTimmError
 from ..training import (
@@ -106,7 +106,7 @@ def rehearsal(schedule: Any, byol: BYOL, accelerator: Accelerator, seconds: Sequ
     online = [parameter for parameter in byol.parameters() if parameter.requires_grad]
     # The first step prepares what later ones find ready.
     step = statistics.median(seconds[1:] or seconds)
-    measured = f"measured over {_count(len(seconds), 'step')}"
+    measured = f"measured over {counted(len(seconds), 'step')}"
     lines = [
         (
             "parameters",
@@ -115,7 +115,7 @@ def rehearsal(schedule: Any, byol: BYOL, accelerator: Accelerator, seconds: Sequ
         ("speed", f"{schedule.global_batch / step:,.0f} images/s, {step:.3g} s a step, {measured}"),
         (
             "time",
-            f"{_duration(step * schedule.total_steps)} for {_count(schedule.total_steps, 'step')}; "
+            f"{_duration(step * schedule.total_steps)} for {counted(schedule.total_steps, 'step')}; "
             "evaluation comes on top",
         ),
         ("memory", f"{peak_memory(accelerator.device)}, measured"),

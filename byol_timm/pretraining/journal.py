@@ -14,8 +14,8 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from ..byol import BYOL, HEALTH
-from ..cli import parse
-from ..config import PretrainConfig
+from ..cli import read_config
+from ..config import ORDERS, PretrainConfig
 from ..data import BadImage, Batch, Images, Splits, Stream, StreamSplits
 from ..encoders import create_encoder, normalization, save_encoder
 from ..errors import ByolTimmError, redact
@@ -55,7 +55,7 @@ def redraw(folder: str | Path, *, method: Literal["pca", "tsne"] = "tsne") -> No
     Raises `ByolTimmError` for a folder without config.yaml or encoder, and images that are no longer there.
     """
     folder = Path(folder)
-    settings: Any = parse(PretrainConfig, ["--config", str(folder / "config.yaml")])
+    settings: Any = read_config(PretrainConfig, folder / "config.yaml", ignore=ORDERS)
     layout = torch.channels_last if settings.channels_last else torch.contiguous_format
     encoder = create_encoder(f"local-dir:{folder}/encoder").to(memory_format=layout)
     mean, std = normalization(encoder, settings.in_chans)

@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from ..byol import BYOL
-from ..cli import _count
+from ..cli import counted
 from ..config import PretrainConfig
 from ..data import Splits, StreamSplits
 from ..encoders import encoder_width, has_batch_norm
@@ -21,8 +21,8 @@ from ..views import omitted_operations
 from .plan import resolve_augmentation
 
 PACKAGES = ("byol_timm", "torch", "timm", "accelerate", "datasets", "huggingface_hub")
-# Settings of pretraining, the seed of what is held out among them, that evaluations must share to see the same images.
-DATA = ("dataset_config", "split", "image_column", "label_column", "value_range", "seed")
+# Fields that an evaluation must share with pretraining to see the same images.
+DATA = ("dataset_config", "split", "image_column", "label_column", "value_range", "split_seed")
 
 
 def environment(accelerator: Accelerator) -> dict[str, Any]:
@@ -80,13 +80,13 @@ def banner(
         ("views", views),
         (
             "batch",
-            f"{batch}; {_count(config.epochs, 'epoch')} of {_count(schedule.steps_per_epoch, 'step')}, "
-            f"{_count(schedule.total_steps, 'step')}",
+            f"{batch}; {counted(config.epochs, 'epoch')} of {counted(schedule.steps_per_epoch, 'step')}, "
+            f"{counted(schedule.total_steps, 'step')}",
         ),
         (
             "optimizer",
             f"{config.opt}, lr {schedule.peak_lr:g} ({config.lr:g} per 256 images), weight decay "
-            f"{config.weight_decay:g}, {_count(schedule.warmup_steps, 'step')} of warm-up; "
+            f"{config.weight_decay:g}, {counted(schedule.warmup_steps, 'step')} of warm-up; "
             f"tau from {config.target_decay:g}",
         ),
     ]
@@ -108,7 +108,7 @@ def banner(
 def closing(config: Any, folder: Path, record: dict[str, Any]) -> list[str]:
     """Lines that say, at the end, what came out, where it lies and what to type next."""
     minutes, seconds = divmod(round(record["seconds"]), 60)
-    lines = ["", f"{_count(record['steps'], 'step')} in {minutes} min {seconds} s"]
+    lines = ["", f"{counted(record['steps'], 'step')} in {minutes} min {seconds} s"]
     results = record.get("results")
     if results:
         trained = config.pretrained or ":" in config.backbone or config.training_state

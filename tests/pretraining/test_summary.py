@@ -51,7 +51,7 @@ def labelled_images(folder):
     other = table.select_columns("photo").rename_column("photo", "other")
     table = datasets.concatenate_datasets([table, other], axis=1)
     table.cast_column("kind", datasets.Value("int64")).to_parquet(folder / "my shards" / "part.parquet")
-    return ["--dataset", "my shards", "--image_column", "photo", "--label_column", "kind", "--seed", "3"]
+    return ["--dataset", "my shards", "--image_column", "photo", "--label_column", "kind", "--split_seed", "3"]
 
 
 @pytest.mark.slow
@@ -63,7 +63,7 @@ def test_a_run_on_labelled_images_says_commands_that_work(tmp_path):
     assert launch_command_parser().parse_args(pretrain[2:]).training_script == str(ROOT / "recipes/pretrain.py")
     takes(pretrain[2], pretrain[3:])
     probing = takes(probe[1], probe[2:])
-    assert (probing.seed, probing.label_column, probing.encoder) == (3, "kind", "local-dir:my run/encoder")
+    assert (probing.split_seed, probing.label_column, probing.encoder) == (3, "kind", "local-dir:my run/encoder")
     assert "top-1" in typed(tmp_path, sys.executable, *probe[1:])
     assert "model.safetensors" in typed(tmp_path, sys.executable, *push[1:], "--dry_run")
 
