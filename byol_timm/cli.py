@@ -8,7 +8,6 @@ import os
 import signal
 import sys
 import tempfile
-import time
 import traceback
 import types
 import typing
@@ -18,9 +17,8 @@ from typing import Any, Literal, get_args, get_origin
 
 import yaml
 
-from . import errors
 from .config import ORDERS, Config
-from .errors import ByolTimmError, nearest, one_line
+from .errors import ByolTimmError, nearest, one_line, report
 
 
 def parse(config_class: type[Config], argv: Sequence[str] | None = None) -> Config:
@@ -147,26 +145,15 @@ def run(main: Callable[[], Any]) -> None:
     except ByolTimmError as error:
         if "--debug" in sys.argv:
             traceback.print_exc()
-        if os.environ.get("RANK", "0") == "0" or (not error.agreed and _is_alone()):
-            _print_error(str(error))
+        report(error)
         raise SystemExit(error.exit_code) from None
     except KeyboardInterrupt:
         if "--debug" in sys.argv:
             traceback.print_exc()
-        if os.environ.get("RANK", "0") == "0":
-            _print_error("interrupted")
+        interrupted = ByolTimmError("interrupted")
+        interrupted.agreed = True
+        report(interrupted)
         raise SystemExit(128 + signal.SIGINT) from None
-
-
-def _print_error(message: str) -> None:
-    text = " ".join(f"byol_timm: error: {message}".split())
-    print(text.encode(errors="backslashreplace").decode(), file=sys.stderr)
-
-
-def _is_alone() -> bool:
-    """Return True if the first process continues: had it failed too, the launcher would end this one by then."""
-    time.sleep(errors.ALONE_SECONDS)
-    return True
 
 
 class _Console(logging.Handler):

@@ -1,8 +1,12 @@
 """The one error that byol_timm raises for faults its user can mend, and the text of others in one line."""
 
 import difflib
+import hashlib
+import os
 import re
+import sys
 from collections.abc import Collection, Mapping
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -11,19 +15,54 @@ REDACTED = "[redacted]"
 
 
 class ByolTimmError(ValueError):
-    """A fault of the input, the settings or the machine, told in one line: what, which value, what to do.
+    """A fault of the input, the settings or the machine, in one line: what, which value, what to do.
 
     Recipes print it without a traceback and exit with `exit_code`.
     """
 
     exit_code = 2
-    # Whether all processes of a launch stop for it, so that one of them is enough to tell it.
+    # True if all processes of a launch raise it.
     agreed = False
+    # True if it only says that another process has ended, which may have reported why.
+    follows_another = False
+    reported = False
 
 
-# Seconds after which a process other than the first tells an error of its own: had the first met it too, the launcher
-# would have ended this one by then.
-ALONE_SECONDS = 10.0
+def report(error: ByolTimmError) -> None:
+    """Print an error as one line on stderr, once for all processes of a launch."""
+    if error.reported:
+        return
+    error.reported = True
+    rank = int(os.environ.get("RANK", 0))
+    earlier = count_failure(str(error))
+    if earlier is None:
+        # Without a common store, a process cannot know what the others print.
+        prints, prefix = rank == 0 or not error.agreed, f"process {rank}: " if rank else ""
+    else:
+        prints, prefix = earlier[0 if error.follows_another else 1] == 0, ""
+    if prints:
+        text = " ".join(f"byol_timm: error: {prefix}{error}".split())
+        print(text.encode(errors="backslashreplace").decode(), file=sys.stderr, flush=True)
+
+
+def count_failure(message: str = "") -> tuple[int, int] | None:
+    """Record a failure in the launcher's store; return how many came before it, of any message and of this one.
+
+    None if the launcher offers no store.
+    """
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return None
+    from torch.distributed import TCPStore
+
+    place = f"byol_timm/failures/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
+    digest = hashlib.sha256(message.encode(errors="replace")).hexdigest()
+    try:
+        port, patience = int(os.environ["MASTER_PORT"]), timedelta(seconds=5)
+        store = TCPStore(os.environ["MASTER_ADDR"], port, is_master=False, timeout=patience)
+        return store.add(place, 1) - 1, store.add(f"{place}/{digest}", 1) - 1
+    except RuntimeError:
+        # The host of the store is gone.
+        return None
 
 
 def one_line(error: object) -> str:

@@ -20,14 +20,13 @@ from ..data import Images, Splits, StreamSplits, copied_ahead
 from ..errors import ByolTimmError
 from ..training import (
     DeviceViews,
+    Processes,
     Schedule,
     _create_optimizer,
     _lay_out,
     _open_batches,
     _read,
-    on_main_process,
     prepare,
-    raise_first,
     train_step,
 )
 from ..views import TwoViews
@@ -49,9 +48,10 @@ def _rehearse(
     byol: BYOL,
     optimizer: torch.optim.Optimizer,
     frozen: Sequence[str],
-    accelerator: Accelerator,
+    processes: Processes,
 ) -> None:
     """Say what of the paper the run keeps, and what it takes, by a few steps with a copy of the networks."""
+    accelerator = processes.accelerator
     # On GPUs, BatchNorm sees what all processes have.
     sharing = accelerator.num_processes if accelerator.device.type == "cuda" else 1
     compared = points(
@@ -74,7 +74,7 @@ def _rehearse(
         while len(seconds) < count:
             start = time.perf_counter()
             micro_batches, failure = _read(stream, accelerator.gradient_accumulation_steps)
-            raise_first(failure)
+            processes.raise_first(failure)
             pairs = map(two_views, micro_batches)
             figures = train_step(
                 accelerator, model, optimizer, pairs, target_decay=1.0, recomputes=config.grad_checkpointing
@@ -83,9 +83,7 @@ def _rehearse(
             figures["loss"].item()
             seconds.append(time.perf_counter() - start)
             if len(seconds) == 1:
-                count = on_main_process(
-                    accelerator, lambda: 1 + min(REHEARSED_STEPS, int(REHEARSAL_SECONDS / seconds[0]))
-                )
+                count = processes.on_main(lambda: 1 + min(REHEARSED_STEPS, int(REHEARSAL_SECONDS / seconds[0])))
     for line in [*paper_lines(compared, schedule, config.epochs), "", *rehearsal(schedule, byol, accelerator, seconds)]:
         logger.info(line)
 

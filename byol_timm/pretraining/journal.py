@@ -9,8 +9,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from ..byol import BYOL, HEALTH
@@ -24,6 +22,7 @@ from ..files import write_json
 from ..report import save_curves, save_report, save_views
 from ..training import (
     Checkpoint,
+    Processes,
     Schedule,
     compare_config,
     load_checkpoint,
@@ -147,7 +146,7 @@ def _not_finite(
     figures: dict[str, Tensor],
     batches: list[Batch],
     images: Stream | Images,
-    accelerator: Accelerator,
+    processes: Processes,
 ) -> ByolTimmError:
     """The error for a gradient that is not finite, with what is known about it in `debug/step-N.json`."""
     loss, norm = figures["loss"].item(), figures["grad_norm"].item()
@@ -155,8 +154,8 @@ def _not_finite(
     if isinstance(images, Images):
         # Those of a stream have no place of their own in an epoch.
         seen = [images.describe(ordinal % len(images)) for ordinal in seen]
-    seen = gather_object(seen)
-    if accelerator.is_main_process:
+    seen = [name for names in processes.gather(seen) for name in names]
+    if processes.is_main:
         facts = {"step": step, "lr": lr, "loss": loss, "grad_norm": norm, "images": seen}
         (folder / "debug").mkdir(exist_ok=True)
         write_json(folder / "debug" / f"step-{step}.json", {name: _number(value) for name, value in facts.items()})

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object
 from torch import nn
 
 from ..byol import BYOL
@@ -26,6 +25,7 @@ from ..training import (
     Interrupted,
     Interruption,
     MetricsLog,
+    Processes,
     Schedule,
     _create_optimizer,
     _lay_out,
@@ -33,19 +33,14 @@ from ..training import (
     _open_batches,
     _read,
     _seed,
-    agree,
-    check_same,
     create_accelerator,
     effective_rank,
     enable_grad_checkpointing,
-    exhaustion_told,
+    explain_exhaustion,
     lock_folder,
-    losing_processes_told,
-    on_main_process,
     optimizer_tensors,
     prepare,
     prepare_output_dir,
-    raise_first,
     read_metrics,
     train_step,
 )
@@ -82,14 +77,14 @@ def pretrain(config: PretrainConfig) -> nn.Module:
     check(config)
     folder = output_dir(config)
     accelerator = create_accelerator(config.report_to, folder)
-    with losing_processes_told(), contextlib.ExitStack() as stack:
-        stack.callback(accelerator.end_training)
+    with contextlib.ExitStack() as stack:
+        processes = stack.enter_context(Processes(accelerator))
         if not config.dry_run:
-            on_main_process(accelerator, lambda: _claim(folder, config, stack))
+            processes.on_main(lambda: _claim(folder, config, stack))
         interruption = stack.enter_context(Interruption(max_minutes=config.max_time))
 
         # The images, the encoder that fits them, and what both leave to choose.
-        with accelerator.main_process_first():
+        with processes.main_first():
             splits = _open_stream(config) if config.streaming else open_images(config)
             settings = resolve_images(config, splits.bank.side())
             tiny = splits.bank.share_below(settings.image_size / 4)
@@ -104,10 +99,10 @@ def pretrain(config: PretrainConfig) -> nn.Module:
         schedule = Schedule.of(settings, len(splits.train), forwards)
         settings = resolve_intervals(settings, schedule.steps_per_epoch)
         fault = "was started with other settings than process 0. Give all the same command"
-        check_same(to_yaml(settings), fault)
+        processes.check_same(to_yaml(settings), fault)
 
         # The two views, both networks, the optimizer.
-        stack.enter_context(exhaustion_told(settings.batch_size, settings.image_size))
+        stack.enter_context(explain_exhaustion(settings.batch_size, settings.image_size))
         mean, std = normalization(encoder, settings.in_chans)
         views = TwoViews(resolve_augmentation(settings), settings.image_size, seed=settings.seed, mean=mean, std=std)
         frozen = freeze_parts(encoder, settings.freeze)
@@ -137,8 +132,8 @@ def pretrain(config: PretrainConfig) -> nn.Module:
                 settings.image_size,
             )
         if settings.dry_run:
-            picture = on_main_process(accelerator, lambda: _rehearsed_views(folder, splits.bank, views))
-            _rehearse(settings, schedule, splits, views, byol, optimizer, frozen, accelerator)
+            picture = processes.on_main(lambda: _rehearsed_views(folder, splits.bank, views))
+            _rehearse(settings, schedule, splits, views, byol, optimizer, frozen, processes)
             logger.info("\ndry run: nothing is kept but the views, in %s", picture)
             if settings.decoded_cache is not None:
                 logger.info("images were decoded as they came; the run itself reads them from --decoded_cache")
@@ -153,19 +148,16 @@ def pretrain(config: PretrainConfig) -> nn.Module:
             "hub_id": hub_id(settings.dataset),
         }
         fault = f"sees other images in {settings.dataset} than process 0. Give all hosts the same files"
-        check_same(data["fingerprint"], fault)
+        processes.check_same(data["fingerprint"], fault)
         # Lay out, prepare, then resume: the restored state follows the memory format and the device of the parameters.
         _lay_out(byol, settings, accelerator)
-        group: Any = None
-        if accelerator.num_processes > 1 and accelerator.device.type == "cuda":
-            group = torch.distributed.new_group(backend="gloo")
         model, optimizer = prepare(accelerator, byol, optimizer)
         step = 0
         saved: dict[str, Any] = {}
         if settings.resume:
             step, saved = _resume(settings, schedule, data, folder, byol, optimizer.optimizer, probe)
             fault = f"finds other checkpoints in {folder} than process 0. Give all hosts one --output_dir to share"
-            check_same(str(step), fault)
+            processes.check_same(str(step), fault)
         if accelerator.scaler is not None and "scaler" in saved:
             accelerator.scaler.load_state_dict(saved["scaler"])
         if accelerator.is_main_process:
@@ -208,7 +200,7 @@ def pretrain(config: PretrainConfig) -> nn.Module:
 
         def bad_images() -> list[str]:
             """Why images could not be read, one reason an image, of all processes and from before a resumption."""
-            reasons = [saved.get("bad_images", []), *gather_object([list(batches.bad.values())])]
+            reasons = [saved.get("bad_images", []), *processes.gather(list(batches.bad.values()))]
             return list(dict.fromkeys(itertools.chain.from_iterable(reasons)))
 
         def save(bad: list[str]) -> None:
@@ -238,13 +230,13 @@ def pretrain(config: PretrainConfig) -> nn.Module:
             # What is known now decides, on all processes alike, whether there is another step.
             over = step == schedule.total_steps
             micro_batches, failure = _read(stream, 0 if over else accelerator.gradient_accumulation_steps)
-            stop = agree(FAILED if failure else interruption.requested, group)
+            stop = processes.agree(FAILED if failure else interruption.requested)
             if stop is not None:
                 bad = bad_images()
                 if accelerator.is_main_process:
                     save(bad)
                     writer.close()
-                raise_first(failure)
+                processes.raise_first(failure)
                 raise Interrupted(stop, step)
             if over:
                 break
@@ -259,7 +251,7 @@ def pretrain(config: PretrainConfig) -> nn.Module:
             )
             skipped = skipped + 1 if accelerator.optimizer_step_was_skipped else 0
             if not figures["grad_norm"].isfinite() and not _mends_itself(accelerator, figures["loss"], skipped):
-                raise _not_finite(folder, step, lr, figures, micro_batches, splits.train, accelerator)
+                raise _not_finite(folder, step, lr, figures, micro_batches, splits.train, processes)
             if accelerator.is_main_process and probe and not skipped:
                 ordinals = torch.cat([batch.ordinals for batch in micro_batches])
                 probe.learn(figures["representation"], ordinals, batches.bad)
@@ -321,7 +313,7 @@ def pretrain(config: PretrainConfig) -> nn.Module:
             if settings.push_to_hub:
                 url = push_encoder(folder, settings.push_to_hub, public=settings.public)
                 logger.info("pushed to %s", url)
-        accelerator.wait_for_everyone()
+        processes.wait()
     return encoder.eval()
 
 

@@ -7,8 +7,6 @@ import time
 from types import FrameType
 from typing import Any
 
-import torch.distributed
-
 from ..errors import ByolTimmError
 
 # A launcher passes on the Ctrl-C that the terminal has sent to its processes already; that is not a second one.
@@ -73,18 +71,6 @@ class Interruption:
             self._signal, self._signal_time = number, now
         elif number == signal.SIGINT and (self._parent is None or now - self._signal_time > _ONE_PRESS_SECONDS):
             os._exit(128 + number)
-
-
-def agree(requested: int | None, group: torch.distributed.ProcessGroup | None = None) -> int | None:
-    """The largest signal number that any process was asked to stop for; every process must call it.
-
-    group: of processes that reduce tensors on the CPU, so that no accelerator is waited for; None: the default one.
-    """
-    if not torch.distributed.is_initialized():
-        return requested
-    number = torch.tensor(requested or 0)
-    torch.distributed.all_reduce(number, torch.distributed.ReduceOp.MAX, group)
-    return int(number) or None
 
 
 def _was_launched() -> bool:

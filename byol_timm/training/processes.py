@@ -1,36 +1,35 @@
-"""What `accelerate launch` gave the run: checked, and what its processes have to agree on."""
+"""The processes of a launch: the Accelerator, what they must agree on, and how they report errors."""
 
 import contextlib
-import ctypes
 import errno
 import hashlib
 import logging
 import os
-import platform
-import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
+from datetime import timedelta
 from pathlib import Path
-from typing import Any, TypeVar
+from types import TracebackType
+from typing import Any, TypeVar, cast
 
 import psutil
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
-from accelerate.utils import broadcast_object_list, gather_object
 from safetensors import SafetensorError
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
-from .. import errors
-from ..errors import ByolTimmError, one_line
+from ..errors import ByolTimmError, count_failure, one_line, report
 
 logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
-# Of glibc's malloc.h: never hand large blocks back one by one; never trim the heap.
-_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
+# How long processes wait for one that downloads, prepares images or pushes. torch's own limit is 10 minutes on GPUs.
+PATIENCE = timedelta(hours=24)
 _ENGINES = {
     "ACCELERATE_USE_FSDP": "FSDP",
     "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
@@ -39,13 +38,126 @@ _ENGINES = {
 
 
 class LostProcess(ByolTimmError):
-    """Another process of the run does not answer any more."""
+    """Another process of the run does not answer."""
 
     exit_code = 1
+    follows_another = True
+
+
+class Processes:
+    """Let the processes of a launch exchange values and errors; every process must call the same methods.
+
+    They talk over gloo, so nothing waits for a GPU, and wait up to `PATIENCE`. As a context manager, it reports an
+    error before the other processes notice that this one is gone, then ends the training of the accelerator.
+    """
+
+    def __init__(self, accelerator: Accelerator) -> None:
+        self.accelerator = accelerator
+        self.count = accelerator.num_processes
+        self.is_main = accelerator.is_main_process
+        group = dist.new_group(backend="gloo", timeout=PATIENCE) if self.count > 1 else None
+        self._group = cast(dist.ProcessGroup | None, group)
+
+    def __enter__(self) -> "Processes":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        try:
+            if isinstance(error, RuntimeError) and _is_about_processes(error):
+                lost = _lost(error)
+                if self.count > 1:
+                    report(lost)
+                raise lost from error
+            if self.count > 1 and isinstance(error, ByolTimmError):
+                report(error)
+            elif self.count > 1 and error is not None:
+                if isinstance(error, Exception):
+                    # At once: the launcher ends this process soon after another one has ended.
+                    traceback.print_exception(error)
+                count_failure()
+        finally:
+            self.accelerator.end_training()
+
+    def gather(self, value: Result) -> list[Result]:
+        """Return the values of all processes, by rank."""
+        values: list[Any] = [value] * self.count
+        if self.count > 1:
+            dist.all_gather_object(values, value, group=self._group)
+        return values
+
+    def on_main(self, act: Callable[[], Result]) -> Result:
+        """Call `act` on the main process only; return its result, or raise its `ByolTimmError`, on all of them."""
+        outcome: list[Any] = [None, None]
+        if self.is_main:
+            try:
+                outcome[0] = act()
+            except ByolTimmError as error:
+                outcome[1] = error
+        if self.count > 1:
+            dist.broadcast_object_list(outcome, src=0, group=self._group)
+        if outcome[1] is not None:
+            outcome[1].agreed = True
+            raise outcome[1]
+        return cast(Result, outcome[0])
+
+    @contextlib.contextmanager
+    def main_first(self) -> Iterator[None]:
+        """Run the body on the main process, then on the others, which find what it has downloaded."""
+        if not self.is_main:
+            self.wait()
+        yield
+        if self.is_main:
+            self.wait()
+
+    def wait(self) -> None:
+        """Wait for all processes."""
+        if self.count > 1:
+            dist.barrier(group=self._group)
+
+    def agree(self, requested: int | None) -> int | None:
+        """Return the largest signal number that any process was asked to stop for."""
+        number = torch.tensor(requested or 0)
+        if self.count > 1:
+            dist.all_reduce(number, dist.ReduceOp.MAX, group=self._group)
+        return int(number) or None
+
+    def raise_first(self, failure: ByolTimmError | None) -> None:
+        """Raise, on every process, the first failure of any process."""
+        failures = [known for known in self.gather(failure) if known is not None]
+        if failures:
+            failures[0].agreed = True
+            raise failures[0]
+
+    def check_same(self, text: str, fault: str) -> None:
+        """Raise `ByolTimmError` unless all processes have the same text; `fault` says what the odd one does."""
+        digests = self.gather(hashlib.sha256(text.encode()).hexdigest())
+        odd = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
+        if odd:
+            error = ByolTimmError(f"process {odd[0]} {fault}")
+            error.agreed = True
+            raise error
+
+
+def _is_about_processes(error: RuntimeError) -> bool:
+    # gloo's errors have no type of their own.
+    return isinstance(error, dist.DistError) or "/gloo/" in str(error)
+
+
+def _lost(error: RuntimeError) -> LostProcess:
+    """Turn torch's error about its connections into `LostProcess`, with the last line of it."""
+    reason = one_line((str(error).strip().splitlines() or [""])[-1])
+    if isinstance(error, dist.DistBackendError) and "/gloo/" not in str(error):
+        return LostProcess(
+            f"the processes cannot communicate ({reason}). Set NCCL_DEBUG=INFO for details; continue with --resume"
+        )
+    return LostProcess(
+        f"another process of this run is gone, or its host or the network ({reason}); see the log of that process. "
+        "Continue with --resume"
+    )
 
 
 def create_accelerator(trackers: Sequence[str], folder: Path) -> Accelerator:
-    """The Accelerator of this process, with trackers that write below `folder`.
+    """Create the Accelerator of this process, with trackers that write below `folder`.
 
     Raises `ByolTimmError` for engines and precisions that cannot train BYOL, processes that do not see each other, and
     trackers that are unknown or not installed.
@@ -62,39 +174,33 @@ def create_accelerator(trackers: Sequence[str], folder: Path) -> Accelerator:
     # Accelerate would wait for the others here, and then train without them.
     if world > 1 and not torch.accelerator.is_available() and not _is_set("ACCELERATE_USE_CPU"):
         raise ByolTimmError(unseen)
-    accelerator = Accelerator(
-        log_with=list(trackers) or None,
-        project_dir=str(folder),
-        # Gradients lie in the buckets that travel, not beside them. Buckets keep their 25 MB: ResNet-50 has six, of
-        # which all but the last travel behind the backward pass. No static graph: torch's count of its passes does not
-        # survive those that keep their gradients to themselves, which every step has.
-        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
-    )
+    try:
+        accelerator = Accelerator(
+            log_with=list(trackers) or None,
+            project_dir=str(folder),
+            # Gradients share memory with the buckets that are sent. Buckets keep their 25 MB: all but the last of
+            # ResNet-50's six are sent during the backward pass. No static graph: torch's count of passes does not
+            # support passes that do not exchange gradients, and every step has one.
+            kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
+        )
+    except dist.DistError as error:
+        raise _lost(error) from error
     if world > 1 and accelerator.num_processes == 1:
         raise ByolTimmError(unseen)
     if accelerator.device.type == "cpu":
-        _keep_freed_memory()
         if accelerator.mixed_precision == "fp16":
             raise ByolTimmError("mixed precision fp16 needs a GPU. Use bf16 or no")
         if accelerator.mixed_precision == "bf16" and not torch.cpu._is_avx512_bf16_supported():
             logger.warning("this CPU has no bf16 instructions: expect bf16 to be several times slower than no")
-        if accelerator.num_processes == 1 and _threads_are_left_open():
+        if accelerator.num_processes == 1 and _launcher_limited_threads():
             torch.set_num_threads(_cores())
     elif accelerator.mixed_precision == "bf16" and not torch.cuda.is_bf16_supported():
         raise ByolTimmError("this GPU has no bf16. Use fp16 or no")
     return accelerator
 
 
-def _keep_freed_memory() -> None:
-    """Let glibc keep what activations leave for the next step, instead of asking Linux for zeroed pages every time."""
-    if platform.libc_ver()[0] == "glibc":
-        libc = ctypes.CDLL(None)
-        for option, value in ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, -1)):
-            libc.mallopt(option, value)
-
-
-def _threads_are_left_open() -> bool:
-    """Whether the one thread that Accelerate's launcher gives a process on a CPU is its default and nobody's wish."""
+def _launcher_limited_threads() -> bool:
+    """Return True if OMP_NUM_THREADS=1 was set by `accelerate launch` rather than by the user."""
     if "ACCELERATE_MIXED_PRECISION" not in os.environ or os.environ.get("OMP_NUM_THREADS") != "1":
         return False
     try:
@@ -109,10 +215,10 @@ def _threads_are_left_open() -> bool:
 
 
 def _cores() -> int:
-    """Cores that this process may use, by affinity and container, not counting the second thread of one."""
+    """Return the number of physical cores that affinity and container leave to this process."""
     import joblib
 
-    return joblib.cpu_count(only_physical_cores=True)
+    return int(joblib.cpu_count(only_physical_cores=True))
 
 
 def _is_set(variable: str) -> bool:
@@ -120,11 +226,11 @@ def _is_set(variable: str) -> bool:
 
 
 def _check_trackers(trackers: Sequence[str]) -> None:
+    known = sorted(str(name) for name in LOGGER_TYPE_TO_CLASS)
     available = {str(tracker) for tracker in get_available_trackers()}
     for tracker in trackers:
-        if tracker not in {str(known) for known in LOGGER_TYPE_TO_CLASS}:
-            known = ", ".join(sorted(str(name) for name in LOGGER_TYPE_TO_CLASS))
-            raise ByolTimmError(f"unknown tracker {tracker!r} in --report_to. Known: {known}")
+        if tracker not in known:
+            raise ByolTimmError(f"unknown tracker {tracker!r} in --report_to. Known: {', '.join(known)}")
         if tracker not in available:
             raise ByolTimmError(
                 f"--report_to {tracker} needs a package that is not installed. Run pip install {tracker}"
@@ -134,56 +240,18 @@ def _check_trackers(trackers: Sequence[str]) -> None:
 def prepare(
     accelerator: Accelerator, byol: nn.Module, optimizer: torch.optim.Optimizer
 ) -> tuple[nn.Module, AcceleratedOptimizer]:
-    """The network, in DistributedDataParallel where there are several processes, and its optimizer, on the device."""
+    """Return the network, in DistributedDataParallel for several processes, and its optimizer, on the device."""
     model, optimizer = accelerator.prepare(byol, optimizer)
     if isinstance(model, DistributedDataParallel):
-        # Every process keeps batch statistics of its own, or all share them; copying those of the first is neither.
+        # Processes either keep batch statistics of their own or share them; copying those of the first is neither.
         # Set here because torch 2.14 warns of the argument of that name and older ones do not know its successor.
         model.broadcast_buffers = False
     return model, optimizer
 
 
 @contextlib.contextmanager
-def losing_processes_told() -> Iterator[None]:
-    """A `LostProcess` in place of the error that another process's end, or a cut cable, is to torch."""
-    try:
-        yield
-    except RuntimeError as error:
-        # gloo's errors have no type of their own; every step has a question that goes over gloo, on GPUs too.
-        if not isinstance(error, torch.distributed.DistError) and "/gloo/" not in str(error):
-            raise
-        # If that one met an error, it tells it only now, and the launcher ends it when this one ends.
-        time.sleep(errors.ALONE_SECONDS + 1)
-        raise LostProcess(
-            "another process of this run is gone, or its host or the network; the log of that one says why. "
-            "Start anew with --resume"
-        ) from error
-
-
-def on_main_process(accelerator: Accelerator, act: Callable[[], Result]) -> Result:
-    """What `act` returns on the main process, on every process; a `ByolTimmError` of it is raised on all of them."""
-    outcome: list[Any] = [None, None]
-    if accelerator.is_main_process:
-        try:
-            outcome[0] = act()
-        except ByolTimmError as error:
-            outcome[1] = error
-    broadcast_object_list(outcome)
-    if outcome[1] is not None:
-        raise outcome[1]
-    return outcome[0]
-
-
-def raise_first(failure: ByolTimmError | None) -> None:
-    """Raise, on every process, the first failure that any process met; every process must call it."""
-    failures = [known for known in gather_object([failure]) if known is not None]
-    if failures:
-        raise failures[0]
-
-
-@contextlib.contextmanager
-def exhaustion_told(batch_size: int, image_size: int) -> Iterator[None]:
-    """A `ByolTimmError` for a full disk, and for full memory, where a smaller batch would be another training."""
+def explain_exhaustion(batch_size: int, image_size: int) -> Iterator[None]:
+    """Turn errors about a full disk or full memory into `ByolTimmError` with advice."""
     try:
         yield
     except RuntimeError as error:
@@ -199,24 +267,14 @@ def exhaustion_told(batch_size: int, image_size: int) -> Iterator[None]:
     except (OSError, SafetensorError) as error:
         if os.strerror(errno.ENOSPC) not in str(error):
             raise
-        raise ByolTimmError(f"disk full ({one_line(error)}). Make room and go on with --resume") from error
-
-
-def check_same(what: str, fault: str) -> None:
-    """Raise `ByolTimmError` unless every process has the same text; `fault` says what the odd one does."""
-    digests = gather_object([hashlib.sha256(what.encode()).hexdigest()])
-    if len(set(digests)) > 1:
-        odd = next(rank for rank, digest in enumerate(digests) if digest != digests[0])
-        raise ByolTimmError(f"process {odd} {fault}")
+        raise ByolTimmError(f"disk full ({one_line(error)}). Free some space and continue with --resume") from error
 
 
 @torch.no_grad()
 def average_batch_statistics(module: nn.Module) -> None:
     """Give every process the mean of all processes' running statistics; every process must call it.
 
-    For devices other than CUDA's, where BatchNorms are not synchronised. One of our own would stand in for those of
-    torch and of timm and wait for an exchange per layer and pass (ResNet-50: 328 a step). Processes on CPUs are for
-    trying a launch, and there the statistics of each one's own batch do.
+    For devices other than CUDA's, where BatchNorms are not synchronised.
     """
     statistics = [
         buffer
@@ -228,7 +286,7 @@ def average_batch_statistics(module: nn.Module) -> None:
     if not statistics:
         return
     flat = torch.cat([buffer.flatten() for buffer in statistics])
-    torch.distributed.all_reduce(flat)
-    flat /= torch.distributed.get_world_size()
+    dist.all_reduce(flat)
+    flat /= dist.get_world_size()
     for buffer, mean in zip(statistics, flat.split([buffer.numel() for buffer in statistics]), strict=True):
         buffer.copy_(mean.view_as(buffer))

@@ -300,7 +300,7 @@ def test_a_disk_that_is_full_at_the_end_is_one_line_and_costs_no_training(tmp_pa
     fill = f'cp "{finished}/metrics.jsonl" "{folder}" && mkdir "{folder}/checkpoints"'
     fill += f' && cp -r "{checkpoint}" "{folder}/checkpoints"'
     error = one_error(run(folder, "--resume", code=2, prefix=on_a_small_disk(folder, size, kept, fill)))
-    assert re.search(r"disk full \(.*No space left on device.*\)\. Make room and go on with --resume", error)
+    assert re.search(r"disk full \(.*No space left on device.*\)\. Free some space and continue with --resume", error)
     assert load_latest(kept / "checkpoints").path.name == checkpoint.name
 
 

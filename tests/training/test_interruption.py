@@ -8,7 +8,7 @@ import time
 import pytest
 
 from byol_timm.errors import ByolTimmError
-from byol_timm.training import Interrupted, Interruption, agree
+from byol_timm.training import Interrupted, Interruption
 
 ALONE = {k: v for k, v in os.environ.items() if k not in ("ACCELERATE_DYNAMO_MODE", "TORCHELASTIC_RUN_ID")}
 LAUNCHED = {**ALONE, "ACCELERATE_DYNAMO_MODE": "default"}
@@ -98,8 +98,3 @@ def test_the_error_says_what_happened_and_how_to_go_on():
     error = Interrupted(signal.SIGTERM, 120)
     assert isinstance(error, ByolTimmError)
     assert (str(error), error.exit_code) == ("terminated, stopped at step 120. Continue with --resume", 143)
-
-
-def test_one_process_agrees_with_itself():
-    assert agree(None) is None
-    assert agree(signal.SIGINT) == signal.SIGINT
