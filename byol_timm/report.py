@@ -6,7 +6,6 @@ import io
 import json
 import math
 import os
-import statistics
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -24,7 +23,6 @@ Row = Mapping[str, Any]
 Image = Tensor | Array
 INK, QUIET, GRID = "#262626", "#858585", "#e6e6e6"
 BLUE, ORANGE, GREEN, RED = "#2f6db3", "#dd8434", "#3c9a62", "#c44e52"
-SERIES = (QUIET, BLUE, ORANGE, GREEN, RED, "#8063a8", "#4aa3b5", "#a6764c")
 STYLE: Any = {
     "font.size": 9.0,
     "axes.titlesize": 9.5,
@@ -99,7 +97,7 @@ def save_curves(rows: Sequence[Row], path: str | Path, *, baselines: Mapping[str
     rows: of metrics.jsonl; any figure may be missing or nan. baselines: kNN accuracies (0 to 1) to compare with, by
     name, drawn as horizontal lines.
     """
-    with _figure(10.5, 5.4) as figure:
+    with new_figure(10.5, 5.4) as figure:
         loss, accuracy, spread, rank, schedule, speed = figure.subplots(2, 3).ravel()
         _curve(loss, rows, "loss", "Loss")
         _curve(spread, rows, "feature_std", "")
@@ -131,7 +129,7 @@ def save_curves(rows: Sequence[Row], path: str | Path, *, baselines: Mapping[str
         _note(schedule, {"lr": BLUE, "tau (right)": ORANGE})
         for axes in (rank, schedule, speed):
             axes.set_xlabel(_time(rows))
-        return _save(figure, path)
+        return save_figure(figure, path)
 
 
 def save_views(images: Sequence[Image] | Image, view1: Image, view2: Image, path: str | Path) -> Path:
@@ -140,14 +138,14 @@ def save_views(images: Sequence[Image] | Image, view1: Image, view2: Image, path
     Of images with 2 or more than 3 channels, the first one or three are shown.
     """
     count = min(8, len(view1))
-    with _figure(1.3 * count + 0.5, 4.4) as figure:
+    with new_figure(1.3 * count + 0.5, 4.4) as figure:
         lines = figure.subplots(3, count, squeeze=False)
         for line, name, pictures in zip(lines, ("image", "view 1", "view 2"), (images, view1, view2), strict=True):
             for axes, picture in zip(line, pictures, strict=False):
                 _show(axes, picture)
             line[0].set_ylabel(name)
-        _title(figure, "Images and their two views" + _channel_note(view1[0]))
-        return _save(figure, path)
+        write_title(figure, "Images and their two views" + _channel_note(view1[0]))
+        return save_figure(figure, path)
 
 
 def save_embedding(
@@ -171,7 +169,7 @@ def save_embedding(
     else:
         places, share = _principal_components(rows)
         title = f"The representation's two principal components ({share:.0%} of the variance)"
-    with _figure(7.5, 6.2) as figure:
+    with new_figure(7.5, 6.2) as figure:
         axes = figure.subplots()
         unlabelled = places[labels < 0]
         color = GRID if len(unlabelled) < len(places) else QUIET
@@ -189,8 +187,8 @@ def save_embedding(
                 _text(axes, x, y, name, color=color * (0.7, 0.7, 0.7, 1), fontweight="bold", fontsize=11, ha="center")
         axes.set(xticks=[], yticks=[])
         axes.spines[:].set_visible(False)
-        _title(figure, f"{title}, {len(places):,} images")
-        return _save(figure, path)
+        write_title(figure, f"{title}, {len(places):,} images")
+        return save_figure(figure, path)
 
 
 def save_neighbours(
@@ -208,7 +206,7 @@ def save_neighbours(
     """
     rows, columns = min(8, len(queries)), min(8, max(len(line) for line in neighbours))
     same = total = 0
-    with _figure(0.95 * columns + 1.9, 0.95 * rows + 0.7) as figure:
+    with new_figure(0.95 * columns + 1.9, 0.95 * rows + 0.7) as figure:
         lines = figure.subplots(rows, columns + 1, squeeze=False)
         for row, line in enumerate(lines):
             own = -1 if query_labels is None else int(query_labels[row])
@@ -226,8 +224,8 @@ def save_neighbours(
         lines[0][0].set_title("image")
         lines[0][1].set_title("nearest neighbours")
         verdict = f": {same} of {total} of the same class" if total else ""
-        _title(figure, f"Nearest neighbours of {rows} images{verdict}")
-        return _save(figure, path)
+        write_title(figure, f"Nearest neighbours of {rows} images{verdict}")
+        return save_figure(figure, path)
 
 
 def save_confusion(confusion: Sequence[Sequence[int]] | Image, class_names: Sequence[str], path: str | Path) -> Path:
@@ -238,7 +236,7 @@ def save_confusion(confusion: Sequence[Sequence[int]] | Image, class_names: Sequ
     classes = len(counts)
     names = [class_names[i] if i < len(class_names) else str(i) for i in range(classes)]
     side = min(10.0, max(4.6, 0.5 * classes + 1.6))
-    with _figure(side, side) as figure:
+    with new_figure(side, side) as figure:
         axes = figure.subplots()
         axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
         axes.grid(False)
@@ -256,97 +254,8 @@ def save_confusion(confusion: Sequence[Sequence[int]] | Image, class_names: Sequ
         if wrong.any():
             row, column = np.unravel_index(wrong.argmax(), wrong.shape)
             title += f"\nmost often: {names[row]} taken for {names[column]} ({wrong[row, column]:,} times)"
-        _title(figure, title)
-        return _save(figure, path)
-
-
-def save_bars(
-    groups: Mapping[str, Mapping[str, Sequence[float]]],
-    path: str | Path,
-    *,
-    title: str,
-    colors: Mapping[str, str] | None = None,
-) -> Path:
-    """Bars to compare by: groups side by side, in each a bar per series, its mean accuracy (0 to 1) over runs.
-
-    Whiskers are standard deviations where there are several runs. colors: of series.
-    """
-    series = list(dict.fromkeys(name for group in groups.values() for name in group))
-    width = 0.82 / len(series)
-    inches = max(5.0, 1.2 + 0.62 * len(groups) * len(series))
-    # A legend's entry is about 0.6 inches and 0.09 for each letter.
-    columns = max(1, min(4, len(series), int(inches / (0.6 + 0.09 * max(map(len, series))))))
-    with _figure(inches, 4.2) as figure:
-        axes = figure.subplots()
-        for number, (name, color) in enumerate(_colors(series, colors).items()):
-            places = [p + (number - (len(series) - 1) / 2) * width for p, g in enumerate(groups.values()) if name in g]
-            runs = [group[name] for group in groups.values() if name in group]
-            means, spreads = [statistics.fmean(r) for r in runs], [_spread(r) for r in runs]
-            axes.bar(places, means, 0.92 * width, color=color, label=name)
-            axes.errorbar(places, means, spreads, fmt="none", ecolor=INK, elinewidth=1, capsize=2)
-            for place, mean, spread in zip(places, means, spreads, strict=True):
-                axes.annotate(
-                    f"{100 * mean:.1f}", (place, mean + spread), (0, 2), textcoords="offset points", ha="center"
-                )
-        axes.set_xticks(range(len(groups)), list(groups))
-        axes.tick_params("x", length=0)
-        axes.yaxis.set_major_formatter("{x:.0%}")
-        axes.set(ylabel=_accuracy_of(groups), ylim=(0, min(1.1, 1.12 * axes.dataLim.y1) or 1))
-        figure.legend(loc="outside lower center", ncols=columns)
-        _title(figure, title)
-        return _save(figure, path)
-
-
-def save_costs(groups: Mapping[str, Mapping[str, float]], path: str | Path, *, title: str) -> Path:
-    """Costs to compare, shorter is better: a heading per group, and below it a bar for each of its members."""
-    rows = [row for name, costs in groups.items() for row in ((name, None), *costs.items())]
-    highest = max(cost for _, cost in rows if cost is not None)
-    with _figure(8.0, 0.8 + 0.26 * len(rows)) as figure:
-        axes = figure.subplots()
-        for place, (name, cost) in enumerate(rows):
-            if cost is None:
-                axes.text(0, place + 0.1, name, fontweight="bold", va="center")
-            else:
-                axes.barh(place, cost, 0.75, color=BLUE if name.startswith("byol_timm") else QUIET)
-                axes.annotate(f"{name}  {cost:.2f}", (cost, place), (4, 0), textcoords="offset points", va="center")
-        axes.set(ylim=(len(rows) - 0.4, -0.8), xlim=(0, 1.6 * highest))
-        axes.set_yticks([])
-        axes.grid(False)
-        axes.spines["left"].set_visible(False)
-        _title(figure, title)
-        return _save(figure, path)
-
-
-def save_label_efficiency(
-    series: Mapping[str, Mapping[float, Sequence[float]]],
-    path: str | Path,
-    *,
-    title: str = "Accuracy by share of labels",
-    colors: Mapping[str, str] | None = None,
-) -> Path:
-    """A line per series: accuracies of runs (0 to 1) by the share of the labels (0 to 1) that they had, on a log axis.
-
-    Lines go through the means; whiskers are standard deviations where there are several runs.
-    """
-    shares = sorted({share for line in series.values() for share in line})
-    with _figure(7.5, 4.4) as figure:
-        axes = figure.subplots()
-        for name, color in _colors(list(series), colors).items():
-            x, runs = zip(*sorted(series[name].items()), strict=True)
-            means, spreads = [statistics.fmean(r) for r in runs], [_spread(r) for r in runs]
-            axes.errorbar(x, means, spreads, color=color, marker="o", markersize=4, capsize=2, label=name)
-        axes.set_xscale("log")
-        axes.set_xticks(shares, _share_names(shares))
-        axes.minorticks_off()
-        axes.yaxis.set_major_formatter("{x:.0%}")
-        axes.set(xlabel="share of the labels", ylabel=_accuracy_of(series))
-        # The legend in the order of the lines' right ends.
-        handles, names = axes.get_legend_handles_labels()
-        ends = [statistics.fmean(series[name][max(series[name])]) for name in names]
-        order = np.argsort(ends)[::-1]
-        figure.legend([handles[i] for i in order], [names[i] for i in order], loc="outside right center")
-        _title(figure, title)
-        return _save(figure, path)
+        write_title(figure, title)
+        return save_figure(figure, path)
 
 
 def save_report(folder: str | Path) -> Path:
@@ -388,7 +297,7 @@ def save_report(folder: str | Path) -> Path:
 
 
 @contextmanager
-def _figure(width: float, height: float) -> Iterator[Any]:
+def new_figure(width: float, height: float) -> Iterator[Any]:
     """A matplotlib figure of that size in inches, in this module's style, outside of pyplot."""
     import matplotlib
     from matplotlib.figure import Figure
@@ -397,7 +306,7 @@ def _figure(width: float, height: float) -> Iterator[Any]:
         yield Figure(figsize=(width, height), layout="constrained")
 
 
-def _save(figure: Any, path: str | Path) -> Path:
+def save_figure(figure: Any, path: str | Path) -> Path:
     content = io.BytesIO()
     with warnings.catch_warnings():
         # Letters that matplotlib's font lacks become boxes.
@@ -417,7 +326,7 @@ def _write(path: Path, content: bytes) -> Path:
     return path
 
 
-def _title(figure: Any, text: str) -> None:
+def write_title(figure: Any, text: str) -> None:
     figure.suptitle(text, x=0.01, ha="left", fontsize=11, fontweight="bold")
 
 
@@ -436,31 +345,6 @@ def _note(axes: Any, names: Mapping[str, str]) -> None:
     axes.legend(
         handles=handles, loc="lower right", bbox_to_anchor=(1.02, 0.98), ncols=2, handlelength=1, columnspacing=1
     )
-
-
-def _colors(names: Sequence[str], chosen: Mapping[str, str] | None) -> dict[str, str]:
-    return {name: (chosen or {}).get(name, SERIES[number % len(SERIES)]) for number, name in enumerate(names)}
-
-
-def _spread(runs: Sequence[float]) -> float:
-    return statistics.stdev(runs) if len(runs) > 1 else 0.0
-
-
-def _accuracy_of(groups: Mapping[Any, Mapping[Any, Sequence[float]]]) -> str:
-    """The name of an axis of accuracies, with what the whiskers are."""
-    counts = sorted({len(runs) for group in groups.values() for runs in group.values()})
-    if counts[-1] == 1:
-        return "accuracy"
-    number = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
-    return f"accuracy (mean and s.d. of {number} runs)"
-
-
-def _share_names(shares: Sequence[float]) -> list[str]:
-    """Shares as percentages, left empty where the next one on a log axis is too near."""
-    places = np.log([*shares, math.inf])
-    gap = 0.07 * (places[-2] - places[0])
-    near = np.diff(places) < gap
-    return ["" if close else f"{100 * share:.3g}%" for share, close in zip(shares, near, strict=True)]
 
 
 # Curves

@@ -13,11 +13,9 @@ from sklearn.datasets import load_digits
 
 from byol_timm.errors import ByolTimmError
 from byol_timm.report import (
-    save_bars,
     save_confusion,
     save_curves,
     save_embedding,
-    save_label_efficiency,
     save_neighbours,
     save_report,
     save_views,
@@ -133,15 +131,6 @@ def test_names_of_classes_are_text_and_nothing_else(tmp_path):
     names = ["$x", "$\\frac{1}$", "犬", "a\nb", "", "<b>", "_^{"]
     size_of(save_confusion(np.eye(7, dtype=int), names, tmp_path / "confusion.png"))
     size_of(save_embedding(torch.tensor(DIGITS.data[:70]), np.arange(70) % 7, names, tmp_path / "map.png"))
-
-
-def test_comparisons_with_and_without_several_runs(tmp_path):
-    bars = {"1 %": {"random": [0.3, 0.35], "BYOL": [0.6]}, "100 %": {"BYOL": [0.9, 0.91, 0.92]}}
-    size_of(save_bars(bars, tmp_path / "bars.png", title="Frozen", colors={"BYOL": "black"}))
-    size_of(save_bars({"all": {"one": [0.0]}}, tmp_path / "zero.png", title="Nothing learned"))
-    lines = {"random": {0.01: [0.3, 0.4], 1.0: [0.8]}, "BYOL": {0.01: [0.6], 0.8: [0.9], 1.0: [0.9, 0.95]}}
-    size_of(save_label_efficiency(lines, tmp_path / "lines.png"))
-    size_of(save_label_efficiency({"one": {0.1: [0.5]}}, tmp_path / "point.png"))
 
 
 def test_a_picture_has_the_same_bytes_twice(tmp_path):

@@ -1,20 +1,15 @@
-"""The benchmark measures what it says, side by side."""
+"""The benchmark measures what it says."""
 
 import json
-import os
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+from benchmark import BenchmarkConfig, Part, interleaved, main, photographs
+from benchmark_peers import MODULES, STEPS, check_peers
 
-from byol_timm.benchmark import Part, Timing, interleaved, photographs
 from byol_timm.encoders import create_encoder, encoder_width
 from byol_timm.errors import ByolTimmError
-from byol_timm.peers import MODULES, STEPS
-
-RECIPE = Path(__file__).parents[2] / "recipes" / "benchmark.py"
 
 
 def test_candidates_take_turns_and_all_get_a_call_that_is_not_measured():
@@ -23,14 +18,15 @@ def test_candidates_take_turns_and_all_get_a_call_that_is_not_measured():
     def candidate(name):
         return lambda: calls.append(name) or 2
 
-    costs = interleaved({name: candidate(name) for name in "ab"}, Timing(rounds=3, seconds=0))
+    costs = interleaved({name: candidate(name) for name in "ab"}, BenchmarkConfig(rounds=3, seconds=0))
     assert calls == list("ab") * 4
     assert {name: len(cost) for name, cost in costs.items()} == {"a": 3, "b": 3}
 
 
-def test_no_rounds_are_refused():
+def test_no_rounds_are_refused(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", "--rounds", "0"])
     with pytest.raises(ByolTimmError, match=r"--rounds must be positive \(0\)"):
-        Timing(rounds=0)
+        main()
 
 
 @pytest.mark.parametrize("peer", STEPS)
@@ -59,27 +55,25 @@ def test_photographs_are_the_same_every_time_and_all_different():
 
 
 @pytest.mark.slow
-def test_the_recipe_measures_views_steps_and_memory_and_draws_them(tmp_path):
-    work = "--backbone test_resnet --image_size 32 --batch_size 8 --hidden_dim 64 --threads 1".split()
-    measure = "--parts augmentation step memory --rounds 1 --seconds 0.01 --output figures.json".split()
-    call = [sys.executable, str(RECIPE), *work, *measure]
-    result = subprocess.run(call, cwd=tmp_path, capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stderr
-    views, step, memory = json.loads((tmp_path / "figures.json").read_text())["parts"]
+def test_the_recipe_measures_views_steps_and_memory(tmp_path, monkeypatch):
+    work = "--backbone test_resnet --image_size 32 --batch_size 8 --hidden_dim 64".split()
+    call = "--parts augmentation step memory --rounds 1 --seconds 0.01 --output results.json".split()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", *work, *call])
+    main()
+    views, step, memory = json.loads((tmp_path / "results.json").read_text())["parts"]
     assert views["costs"].keys() == {"byol_timm, whole images", "byol_timm, cut and finish"}
     assert step["costs"].keys() == {"bare backbone", "bare backbone and heads", "byol_timm"}
     assert memory["costs"].keys() == {"byol_timm", "bare backbone"}
     assert all(cost > 0 for part in (views, step, memory) for costs in part["costs"].values() for cost in costs)
-    assert (tmp_path / "figures.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize("peer", ["lightning", "byol-pytorch"])
-def test_a_peer_that_cannot_be_had_is_refused_in_one_line(peer, tmp_path):
-    # Found first, wherever the real one is installed.
+def test_a_peer_that_cannot_be_imported_is_refused_in_one_line(peer, tmp_path, monkeypatch):
+    # Found first, even where the real one is installed.
     (tmp_path / "byol_pytorch.py").write_text("raise ImportError('too old')")
-    path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
-    call = [sys.executable, str(RECIPE), "--against", peer]
-    result = subprocess.run(call, capture_output=True, text=True, timeout=300, env={**os.environ, "PYTHONPATH": path})
-    assert result.returncode == 2
-    [line] = result.stderr.splitlines()
-    assert peer in line
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "byol_pytorch", raising=False)
+    with pytest.raises(ByolTimmError, match=peer) as caught:
+        check_peers([peer])
+    assert "\n" not in str(caught.value)

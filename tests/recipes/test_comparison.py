@@ -8,10 +8,12 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from frozen_vs_unfrozen import Comparison, Origin, cells, compare, find_encoder
+from frozen_vs_unfrozen_report import conclusion, results_table, save_bars, save_label_efficiency
+from PIL import Image
 
-from byol_timm import comparison
-from byol_timm.comparison import Comparison, Origin, cells, compare, conclusion, results_table
 from byol_timm.config import PretrainConfig
+from byol_timm.data import fingerprint
 from byol_timm.errors import ByolTimmError
 from byol_timm.evaluation import PROTOCOLS, Protocol
 from byol_timm.pretraining import initial_encoder, open_images
@@ -75,7 +77,7 @@ def test_pretraining_sees_its_share_of_the_training_images_for_as_many_steps_and
     for record in records:
         config = PretrainConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in record["config"].items()})
         splits = open_images(config)
-        assert record["data"]["fingerprint"] == comparison.fingerprint(splits.train)
+        assert record["data"]["fingerprint"] == fingerprint(splits.train)
         assert not set(splits.train.rows) & set(splits.test.rows)
         assert np.array_equal(splits.test.rows, open_images(dataclasses.replace(SMALL.pretraining, seed=3)).test.rows)
 
@@ -100,7 +102,7 @@ def test_what_is_finished_is_not_computed_again_and_what_is_lost_comes_out_the_s
     def refuse(config):
         raise AssertionError("this was pretrained already")
 
-    monkeypatch.setattr(comparison, "pretrain", refuse)
+    monkeypatch.setattr("frozen_vs_unfrozen.pretrain", refuse)
     assert figures(compare(SMALL, again)) == figures(rows)
     after = {path.name: path.stat().st_mtime_ns for path in (again / "cells").iterdir()}
     assert after.keys() - before.keys() == {path.name for path in lost}
@@ -129,9 +131,9 @@ def test_random_is_what_byol_starts_from_and_differs_between_seeds():
 
 def test_pretrained_weights_that_do_not_exist_are_left_out_with_a_warning(tmp_path, caplog):
     settings = dataclasses.replace(SMALL.pretraining, backbone="lcnet_035")
-    assert comparison._encoder(tmp_path, settings, Origin("pretrained")) is None
+    assert find_encoder(tmp_path, settings, Origin("pretrained")) is None
     assert "pretrained weights are left out: 'lcnet_035' could not be loaded" in caplog.text
-    assert comparison._encoder(tmp_path, settings, Origin("random")) is not None
+    assert find_encoder(tmp_path, settings, Origin("random")) is not None
 
 
 def test_encoders_of_fewer_images_are_compared_with_the_largest_share_of_the_labels():
@@ -240,3 +242,17 @@ def test_the_table_shows_means_and_deviations():
     assert lines[0] == "| encoder | | 1 % of the labels | 100 % of the labels |"
     assert lines[2] == "| random | frozen | 60.3 ± 0.1 | 80.3 ± 0.1 |"
     assert lines[4] == "| BYOL | frozen | 72.3 ± 0.1 | 83.3 ± 0.1 |"
+
+
+def test_pictures_of_one_run_and_of_several(tmp_path):
+    bars = {"1 %": {"random": [0.3, 0.35], "BYOL": [0.6]}, "100 %": {"BYOL": [0.9, 0.91, 0.92]}}
+    save_bars(bars, tmp_path / "bars.png", title="Frozen")
+    save_bars({"all": {"one": [0.0]}}, tmp_path / "zero.png", title="Nothing learned")
+    lines = {"random": {0.01: [0.3, 0.4], 1.0: [0.8]}, "BYOL": {0.01: [0.6], 0.8: [0.9], 1.0: [0.9, 0.95]}}
+    colors = dict.fromkeys(("random", "BYOL", "one"), "black")
+    save_label_efficiency(lines, tmp_path / "lines.png", title="Labels", colors=colors)
+    save_label_efficiency({"one": {0.1: [0.5]}}, tmp_path / "point.png", title="Labels", colors=colors)
+    for path in tmp_path.iterdir():
+        with Image.open(path) as picture:
+            assert picture.format == "PNG" and min(picture.size) > 300
+            picture.load()

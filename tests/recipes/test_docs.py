@@ -1,9 +1,9 @@
 """Every code block of README and docs: Python runs, commands are ones that the recipes and the launcher take."""
 
 import dataclasses
+import importlib
 import os
 import re
-import runpy
 import shlex
 import subprocess
 import sys
@@ -108,9 +108,11 @@ def test_the_table_of_collapses_is_made_by_its_command(folder):
 @pytest.mark.parametrize("command", [*commands(r"recipes/\w+\.py")])
 def test_recipes_take_the_flags_of_the_docs(command):
     place = next(number for number, word in enumerate(command) if re.fullmatch(r"recipes/\w+\.py", word))
-    scope = runpy.run_path(str(ROOT / command[place]), run_name="recipe")
-    own = [c for c in scope.values() if dataclasses.is_dataclass(c) and c.__module__ == "recipe"]
-    parse(own[-1] if own else PretrainConfig, command[place + 1 :])
+    name = Path(command[place]).stem
+    recipe = importlib.import_module(name)
+    configs = [c for c in vars(recipe).values() if dataclasses.is_dataclass(c) and c.__module__ == name]
+    [config] = [c for c in configs if "debug" in c.__dataclass_fields__] or [PretrainConfig]
+    parse(config, command[place + 1 :])
 
 
 @pytest.mark.parametrize("command", [*commands("accelerate launch")])

@@ -5,6 +5,7 @@ import numpy as np
 import pyarrow.parquet
 import pytest
 import torch
+from extract_features import save_features
 from PIL import Image
 from safetensors import safe_open
 from sklearn.datasets import load_digits
@@ -13,7 +14,6 @@ from byol_timm.data import open_dataset
 from byol_timm.encoders import create_encoder
 from byol_timm.errors import ByolTimmError
 from byol_timm.evaluation import Preparation, dataset_features
-from byol_timm.extraction import save_features
 from byol_timm.views import EvaluationTransform
 
 PREPARATION = Preparation(EvaluationTransform(16, crop_pct=1.0), (0.2,), (0.3,), workers=0)

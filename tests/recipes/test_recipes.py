@@ -22,8 +22,9 @@ from byol_timm.errors import ByolTimmError
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-# quickstart.py has no command line.
-RECIPES = sorted({path.name for path in (ROOT / "recipes").glob("*.py")} - {"quickstart.py"})
+# quickstart.py has no command line, and some recipes have a second file.
+PARTS = {"quickstart.py", "benchmark_peers.py", "frozen_vs_unfrozen_report.py"}
+RECIPES = sorted({path.name for path in (ROOT / "recipes").glob("*.py")} - PARTS)
 BIN = Path(sys.executable).parent
 
 
@@ -107,12 +108,10 @@ def test_an_evaluation_leaves_the_results_of_a_pretraining_run_alone(recipe, fil
     assert (run / "results.json").read_text() == "{}"
 
 
-@pytest.mark.parametrize(
-    "recipe", ["knn.py", "linear_probe.py", "finetune.py", "scale.py", "benchmark.py", "backbones.py"]
-)
+@pytest.mark.parametrize("recipe", ["knn.py", "linear_probe.py", "finetune.py", "benchmark.py", "backbones.py"])
 def test_an_output_that_cannot_be_written_is_told_before_the_work(recipe, tmp_path, monkeypatch):
     (tmp_path / "file").touch()
-    work = {"scale.py": ["--backbone"], "benchmark.py": ["--backbone"], "backbones.py": ["--filter"]}
+    work = {"benchmark.py": ["--backbone"], "backbones.py": ["--filter"]}
     work = [*work.get(recipe, ["--encoder"]), "no_such_backbone"]
     with pytest.raises(ByolTimmError, match=r"cannot write to .*file.* Choose another --output"):
         typed(recipe, [*work, "--output", str(tmp_path / "file" / "table.csv")], monkeypatch)
@@ -125,7 +124,7 @@ def test_an_output_that_cannot_be_written_is_told_before_the_work(recipe, tmp_pa
         ("knn.py --k -3", "--k must be positive (-3)"),
         ("knn.py --temperature 0", "--temperature must be positive (0.0)"),
         ("linear_probe.py --workers -1", "--workers must not be negative (-1)"),
-        ("scale.py --backbone resnt50", "timm has no backbone 'resnt50'. Nearest names: resnet50"),
+        ("knn.py --encoder resnt50", "timm has no backbone 'resnt50'. Nearest names: resnet50"),
         ("convert.py FILE out --backbone resnet18.foo", "resnet18 has no pretrained tag 'foo'. It has: "),
         ("pretrain.py --opt adamx --backbone test_resnet", "unknown optimizer 'adamx'. Did you mean adamax?"),
         ("pretrain.py --opt LARS --backbone test_resnet", "unknown optimizer 'LARS'. Did you mean lars?"),
@@ -174,10 +173,11 @@ def test_ctrl_c_is_one_line_and_exit_code_130(command, tmp_path):
 
 
 def test_the_folders_of_an_output_file_are_made(tmp_path, monkeypatch):
-    typed("scale.py", ["--backbone", "test_resnet", "--output", str(tmp_path / "new" / "page.md")], monkeypatch)
-    assert "test_resnet" in (tmp_path / "new" / "page.md").read_text()
+    table = ["--filter", "test_vit", "--sizes", "--processes", "1", "--output"]
+    typed("backbones.py", [*table, str(tmp_path / "new" / "page.md")], monkeypatch)
+    assert "test_vit" in (tmp_path / "new" / "page.md").read_text()
     with pytest.raises(ByolTimmError, match="new is a folder"):
-        typed("scale.py", ["--output", str(tmp_path / "new")], monkeypatch)
+        typed("backbones.py", [*table, str(tmp_path / "new")], monkeypatch)
 
 
 def test_features_of_unlabelled_images_are_extracted_and_kept(tmp_path):
@@ -212,34 +212,6 @@ def test_the_readmes_commands_lead_from_images_to_a_probe(tmp_path):
     result = call([*push.split(), "--dry_run"], tmp_path)
     assert result.returncode == 0, result.stderr[-3000:]
     assert "model.safetensors" in result.stdout
-
-
-@pytest.fixture(scope="module")
-def scale():
-    return runpy.run_path(str(ROOT / "recipes/scale.py"))
-
-
-def test_the_page_of_scale_is_what_its_recipe_prints(scale):
-    assert "\n".join(scale["page"](scale["Scale"]())) + "\n" == (ROOT / "recipes/scale.md").read_text(encoding="utf-8")
-
-
-def test_scale_is_worked_out_from_what_is_put_in(scale):
-    config = scale["Scale"](
-        gpus=(2,), cards=("X",), supervised=(800,), prices=(2,), global_batch=600, latency=100, inside=1, image_kb=100
-    )
-    network = scale["Network"](online=10**9, target=0, buffers=0, activations=10**7, exchanges=100)
-    [row] = [
-        line.strip("| ").split(" | ") for line in scale["table"](config, network, 3600) if line.startswith("| 2 X")
-    ]
-    # 300 images a second and GPU; 4 GB of gradients at 1 GB/s, a quarter of a second of them hidden.
-    assert row[1:7] == ["300", "17 GB", "1000 ms", "4000 ms", "250 ms", "10 ms"]
-    assert row[7:] == ["4760 ms", "63", "0.2", "13", "0.2", "10", "$19"]
-
-
-def test_every_card_of_scale_has_its_figures(scale, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["scale.py", "--cards", "A100", "H100", "B200"])
-    with pytest.raises(ByolTimmError, match="--cards names 3 kinds"):
-        scale["main"]()
 
 
 def test_every_setting_that_launching_names_exists():

@@ -1,6 +1,6 @@
-"""Other packages that make the views and take the steps of BYOL, as their own documentation has it, to measure against.
+"""Views and steps of BYOL in other packages, as their documentation has them, for benchmark.py to measure.
 
-None of them is needed for anything else; each is imported where it is asked for.
+Each package is imported only when it is named.
 """
 
 import copy
@@ -11,21 +11,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .errors import ByolTimmError, one_line
+from byol_timm.errors import ByolTimmError, one_line
 
 Views = Callable[[Any], Any]
 Step = Callable[[Tensor, Tensor], None]
 
 
 def check_peers(names: Sequence[str]) -> None:
-    """Raise `ByolTimmError` for a peer that is unknown or cannot be imported."""
+    """Raise `ByolTimmError` for a package that is unknown or cannot be imported."""
     for name in names:
         if name not in MODULES:
-            raise ByolTimmError(f"unknown peer {name!r} in --against. Known: {', '.join(MODULES)}")
+            raise ByolTimmError(f"unknown package {name!r} in --against. Known: {', '.join(MODULES)}")
         try:
             importlib.import_module(MODULES[name])
         except Exception as error:
-            # Of any kind: old packages fail in many ways beside new ones.
+            # Any exception: old packages fail in many ways with new ones installed.
             reason = one_line(error)
             raise ByolTimmError(f"--against {name} cannot be imported ({reason}). Run pip install {name}") from error
 
@@ -82,7 +82,7 @@ def kornia_views(size: int) -> Views:
 
 
 def _taps(size: int) -> int:
-    """Width of the paper's blur, an odd number of at least 3 pixels."""
+    """Return the width of the paper's blur: an odd number of pixels, at least 3."""
     return max(3, 2 * int(size / 10 / 2) + 1)
 
 
@@ -127,7 +127,7 @@ def byol_pytorch_step(encoder: nn.Module, width: int, hidden_dim: int, image_siz
     from byol_pytorch import BYOL
 
     class Given(nn.Module):
-        """In place of its augmentations: the views as they come."""
+        """Return precomputed views instead of augmenting."""
 
         views: list[Tensor]
 
@@ -135,7 +135,7 @@ def byol_pytorch_step(encoder: nn.Module, width: int, hidden_dim: int, image_siz
             return self.views.pop(0)
 
     given = Given()
-    # It makes its networks in a first pass.
+    # It builds its networks in a first pass.
     given.views = list(torch.randn(2, 2, 3, image_size, image_size, device=_device(encoder)))
     learner = BYOL(
         encoder,
@@ -160,7 +160,7 @@ def byol_pytorch_step(encoder: nn.Module, width: int, hidden_dim: int, image_siz
 
 
 def solo_learn_step(encoder: nn.Module, width: int, hidden_dim: int, image_size: int) -> Step:
-    """Its loss, optimizer and target network; without the classifier that it trains alongside."""
+    """Return a step with its loss, optimizer and target network, without its online classifier."""
     from solo.losses.byol import byol_loss_func
     from solo.utils.lars import LARSWrapper
     from solo.utils.momentum import MomentumUpdater, initialize_momentum_params
@@ -215,5 +215,5 @@ STEPS: dict[str, Callable[[nn.Module, int, int, int], Step]] = {
     "byol-pytorch": byol_pytorch_step,
     "solo-learn": solo_learn_step,
 }
-# Those that put convolutions in the layout that suits them, as we do.
+# Packages that use channels_last for convolutions, as we do.
 TAKE_CHANNELS_LAST = ("solo-learn",)
