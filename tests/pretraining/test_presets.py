@@ -1,8 +1,10 @@
+import copy
 import dataclasses
 import re
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from accelerate.state import AcceleratorState
 
@@ -100,7 +102,44 @@ def test_other_data_keep_a_presets_epochs_and_get_their_own_steps():
     (_, large), (_, small) = (resolved(settings("cifar10"), images, 1) for images in (50_000, 5_120))
     assert (large.steps_per_epoch, large.warmup_steps, large.total_steps) == (97, 970, 800 * 97)
     assert (small.steps_per_epoch, small.warmup_steps, small.total_steps) == (10, 100, 8000)
-    assert large.peak_lr == small.peak_lr == pytest.approx(0.24)
+    assert large.peak_lr == small.peak_lr == pytest.approx(0.06)
+
+
+# lightly's learning rate at the batch of the preset, and its weight decay.
+LIGHTLY = {name: (0.24, 5e-4) for name in ("cifar10", "cifar10_blur", "cifar100", "cifar100_blur")}
+LIGHTLY |= {"stl10": (0.06, 5e-4), "satellite": (0.12, 5e-4)}
+
+
+@pytest.mark.parametrize("name", LIGHTLY)
+def test_a_preset_from_lightly_takes_the_steps_that_lightly_takes(name):
+    config = settings(name)
+    encoder = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 8))
+    ours = BYOL(encoder, width=8, hidden_dim=16, projection_dim=4)
+    theirs = copy.deepcopy(ours)
+    our_lr = config.lr * config.batch_size / 256
+    optimizer = create_optimizer(config.opt, ours, lr=our_lr, weight_decay=config.weight_decay)
+    lr, weight_decay = LIGHTLY[name]
+    groups = [
+        dict(params=[p for p in theirs.parameters() if p.requires_grad and p.ndim > 1], weight_decay=weight_decay),
+        dict(params=[p for p in theirs.parameters() if p.requires_grad and p.ndim <= 1]),
+    ]
+    source = torch.optim.SGD(groups, lr=lr, momentum=0.9)
+
+    def negative_cosine(view, target):
+        prediction = theirs.predictor(theirs.projector(theirs.encoder(view)))
+        return -torch.nn.functional.cosine_similarity(prediction, target).mean()
+
+    for _ in range(3):
+        view1, view2 = torch.rand(2, 32, 3, 2, 2)
+        optimizer.zero_grad()
+        ours(view1, view2)["loss"].backward()
+        optimizer.step()
+        source.zero_grad()
+        target1, target2 = theirs.target_projections(view1, view2)
+        (0.5 * (negative_cosine(view1, target2) + negative_cosine(view2, target1))).backward()
+        source.step()
+    for mine, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-6)
 
 
 def test_the_digits_preset_is_the_run_without_flags():
