@@ -1,10 +1,11 @@
-"""Which timm backbones train on which images, as a table.
+"""Print a table of timm backbones and the image sizes that they train on.
 
     python recipes/backbones.py --filter 'convnext*' resnet18
     python recipes/backbones.py --filter 'vit_tiny*' --sizes 28 64 --in_chans 1 --output grey.csv
     python recipes/backbones.py --output recipes/backbones.md
 
-Each network is built without weights, on torch's meta device, and sees two images of every size in training mode.
+Builds each network without weights, on torch's meta device, and runs two images of every size through it in training
+mode.
 """
 
 import csv
@@ -24,39 +25,31 @@ import torch
 from tqdm import tqdm
 
 from byol_timm.cli import output_file, parse, run
-from byol_timm.encoders import (
-    Fit,
-    closest_backbones,
-    encoder_width,
-    fit_backbone,
-    small_image_kwargs,
-    smallest_image_size,
-)
+from byol_timm.encoders import Fit, closest_backbones, encoder_width, fit_backbone, small_image_kwargs
 from byol_timm.errors import ByolTimmError
 
 LEGEND = """\
-**smallest**: the smallest side of square images that train, among the multiples of the network's reduction.
-**32 px** and so on: height and width of the final map, or grid of tokens, that training on such images has; empty where
-the backbone does not take them. **own size**: the same for the images it was made for.
-**set**: arguments of the timm model that byol_timm sets by itself; of a backbone that is refused, the reason.
-**auto**: what `--backbone_kwargs auto` adds on images of the first size, and the map that it leaves.
+**32 px** and so on: height and width of the final map, or grid of tokens, for training images of that size; empty where
+the backbone does not take them. **own size**: the same for the image size that the backbone was made for.
+**set**: arguments of the timm model that byol_timm sets by itself; for a backbone that is refused, the reason.
+**auto**: what `--backbone_kwargs auto` adds for images of the first size, and the map that it leads to.
 """
 
 
 @dataclass(frozen=True)
 class Backbones:
-    """Which timm backbones train on which images, as a table."""
+    """Print a table of timm backbones and the image sizes that they train on."""
 
     filter: tuple[str, ...] = ("*",)
     """Names and patterns, as timm.list_models takes them."""
     sizes: tuple[int, ...] = (32, 64, 96)
-    """Sides of the square images to try, besides the backbone's own size."""
+    """Sizes of the square images to try, in addition to the backbone's own."""
     in_chans: int = 3
     """Channels of the images."""
     output: str | None = None
     """File to write, .md or .csv; None: print Markdown."""
     processes: int = os.cpu_count() or 1
-    """Processes to work in."""
+    """Worker processes."""
     debug: bool = False
     """Show the traceback of an error."""
 
@@ -80,7 +73,7 @@ def main() -> None:
 
 def prepare_process() -> None:
     torch.set_num_threads(1)
-    # Of a Ctrl-C, which reaches all processes of a terminal, the first one tells.
+    # Ctrl-C reaches all processes of a terminal; only the first one reports it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
@@ -94,19 +87,16 @@ def matching(pattern: str) -> list[str]:
 
 def columns(config: Backbones) -> list[str]:
     sizes = [f"{size} px" for size in config.sizes]
-    return ["backbone", "width", "parameters", "smallest", *sizes, "own size", "set", "auto"]
+    return ["backbone", "width", "parameters", *sizes, "own size", "set", "auto"]
 
 
 def table_row(name: str, config: Backbones) -> dict[str, str]:
-    """The columns of one backbone; of one that is refused, the reason."""
+    """Return the columns of one backbone, or the reason why it is refused."""
     try:
         own = fit_backbone(name, in_chans=config.in_chans)
     except ByolTimmError as error:
         return {"backbone": name, "set": f"refused: {error}"}
     fits = {size: attempt(name, size, config) for size in config.sizes}
-    smallest: int | None = own.reduction
-    if not (fits.get(smallest) or attempt(name, smallest, config)):
-        smallest = smallest_image_size(name, above=smallest, in_chans=config.in_chans)
     given = [key for fit in (own, *fits.values()) if fit for key in ("img_size", "global_pool") if key in fit.arguments]
     auto = small_image_kwargs(name, image_size=config.sizes[0], in_chans=config.in_chans) if config.sizes else {}
     fit = attempt(name, config.sizes[0], config, **auto) if auto else None
@@ -114,7 +104,6 @@ def table_row(name: str, config: Backbones) -> dict[str, str]:
         "backbone": name,
         "width": str(encoder_width(own.encoder)),
         "parameters": f"{sum(parameter.numel() for parameter in own.encoder.parameters()) / 1e6:.1f} M",
-        "smallest": str(smallest),
         **{f"{size} px": map_size(fit) for size, fit in fits.items()},
         "own size": f"{'x'.join(map(str, own.input_size[1:]))}: {map_size(own)}",
         "set": ", ".join(sorted({f"{key}={own.arguments.get(key, 'SIZE')}" for key in given})),
@@ -144,7 +133,7 @@ def as_csv(rows: list[dict[str, str]], config: Backbones) -> str:
 def as_markdown(rows: list[dict[str, str]], config: Backbones) -> str:
     names = columns(config)
     trained = {
-        name: sum(bool(row.get(name)) for row in rows) for name in (*names[4 : 4 + len(config.sizes)], "own size")
+        name: sum(bool(row.get(name)) for row in rows) for name in (*names[3 : 3 + len(config.sizes)], "own size")
     }
     counts = ", ".join(f"{count:,} at {name.replace('own', 'their own')}" for name, count in trained.items())
     lines = [
@@ -153,7 +142,7 @@ def as_markdown(rows: list[dict[str, str]], config: Backbones) -> str:
         f"timm {version('timm')}, torch {version('torch')}. Of {len(rows):,} backbones train {counts}.\n",
         LEGEND,
         f"| {' | '.join(names)} |",
-        "|---|" + "--:|" * 3 + "---|" * (len(names) - 4),
+        "|---|" + "--:|" * 2 + "---|" * (len(names) - 3),
         *(f"| {' | '.join(row.get(name, '').replace('|', '/') for name in names)} |" for row in rows),
     ]
     return "\n".join(lines) + "\n"

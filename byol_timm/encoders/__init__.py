@@ -45,9 +45,6 @@ from .fit import (
 from .fit import (
     small_image_kwargs as small_image_kwargs,
 )
-from .fit import (
-    smallest_image_size as smallest_image_size,
-)
 from .folder import CARD as CARD
 from .folder import save_encoder as save_encoder
 from .hub import (
