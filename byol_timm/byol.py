@@ -95,14 +95,21 @@ class BYOL(nn.Module):
         return output
 
     @torch.no_grad()
-    def update_target(self, decay: float) -> None:
+    def update_target(self, decay: float | Tensor) -> None:
         """`target <- decay * target + (1 - decay) * online`, for parameters only; call it once per optimizer step.
 
-        Buffers are left alone: the target's batch statistics come from its own forward passes.
+        Buffers are left alone: the target's batch statistics come from its own forward passes. `decay` may be a scalar
+        on the device.
         """
         online: list[Tensor] = [*self.encoder.parameters(), *self.projector.parameters()]
         target: list[Tensor] = [*self.target_encoder.parameters(), *self.target_projector.parameters()]
-        torch._foreach_lerp_(target, online, 1 - decay)
+        if isinstance(decay, Tensor):
+            # `_foreach_lerp_` would read the scalar on the host.
+            steps = torch._foreach_sub(online, target)
+            torch._foreach_mul_(steps, 1 - decay)
+            torch._foreach_add_(target, steps)
+        else:
+            torch._foreach_lerp_(target, online, 1 - decay)
 
     def train(self, mode: bool = True) -> "BYOL":
         super().train(mode)

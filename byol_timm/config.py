@@ -116,6 +116,10 @@ class PretrainConfig:
     """Compile the networks with torch.compile."""
     channels_last: bool | None = None
     """channels_last memory format (default: for convolutional encoders)."""
+    triton_views: bool = False
+    """Compute the views with Triton kernels: faster on a CUDA GPU, for images with 1 or 3 channels."""
+    cuda_graph: bool = False
+    """Run the whole training step as one CUDA graph: faster for small networks on one GPU."""
     seed: int = 0
     """Random seed; fixes weights, data order and augmentation."""
     split_seed: int = 0
@@ -263,6 +267,10 @@ def check(config: PretrainConfig) -> None:
     check_seed(config.seed)
     if config.batch_size == 1:
         raise ByolTimmError("--batch_size must be 2 or more (1): BatchNorm compares the images of a batch")
+    if config.triton_views and config.in_chans not in (1, 3):
+        raise ByolTimmError(f"--triton_views needs images with 1 or 3 channels ({config.in_chans}). Omit it")
+    if config.cuda_graph and (config.compile or config.grad_checkpointing):
+        raise ByolTimmError("--cuda_graph cannot be used with --compile or --grad_checkpointing. Omit one")
     if not 0 < config.image_share <= 1:
         raise ByolTimmError(f"--image_share must be above 0 and at most 1 ({config.image_share})")
     if config.crop_scale is not None and not 0 < config.crop_scale[0] <= config.crop_scale[1]:

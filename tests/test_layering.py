@@ -25,7 +25,7 @@ ORDER = [
     ["__init__", "__main__"],
 ]
 OWNERS = {
-    "accelerate": {"training/processes", "training/step", "pretraining/run", "pretraining/dry_run",
+    "accelerate": {"training/processes", "training/step", "training/graph", "pretraining/run", "pretraining/dry_run",
                    "pretraining/journal", "pretraining/summary"},
     "datasets": {"data/opening", "data/tables", "data/streams"},
     "fsspec": {"data/streams"},

@@ -22,6 +22,7 @@ from ..training import (
     CheckpointWriter,
     CollapseAlarm,
     DeviceViews,
+    GraphedStep,
     Interrupted,
     Interruption,
     MetricsLog,
@@ -171,7 +172,14 @@ def pretrain(config: PretrainConfig) -> nn.Module:
         decoded = _decoded(settings, splits, interruption, step)
         batches = _open_batches(settings, schedule, decoded, views, accelerator, step)
         stack.callback(batches.close)
-        two_views = DeviceViews(views, accelerator.device, settings.channels_last)
+        two_views = DeviceViews(
+            views,
+            accelerator.device,
+            settings.channels_last,
+            triton=settings.triton_views,
+            dtype=torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32,
+        )
+        graphed = GraphedStep(accelerator, model, optimizer) if settings.cuda_graph else None
         alarm = CollapseAlarm(
             opt=settings.opt,
             lr=settings.lr,
@@ -246,9 +254,12 @@ def pretrain(config: PretrainConfig) -> nn.Module:
                 parameters["lr"] = lr
             _seed(settings.seed, step, accelerator.process_index)
             pairs = map(two_views, micro_batches)
-            figures = train_step(
-                accelerator, model, optimizer, pairs, target_decay=decay, recomputes=settings.grad_checkpointing
-            )
+            if graphed is not None:
+                figures = graphed(pairs, lr=lr, target_decay=decay)
+            else:
+                figures = train_step(
+                    accelerator, model, optimizer, pairs, target_decay=decay, recomputes=settings.grad_checkpointing
+                )
             skipped = skipped + 1 if accelerator.optimizer_step_was_skipped else 0
             if not figures["grad_norm"].isfinite() and not _mends_itself(accelerator, figures["loss"], skipped):
                 raise _not_finite(folder, step, lr, figures, micro_batches, splits.train, processes)

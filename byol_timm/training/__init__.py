@@ -10,6 +10,7 @@ from .checkpoint import save_checkpoint as save_checkpoint
 from .folder import compare_config as compare_config
 from .folder import lock_folder as lock_folder
 from .folder import prepare_output_dir as prepare_output_dir
+from .graph import GraphedStep as GraphedStep
 from .health import CollapseAlarm as CollapseAlarm
 from .health import effective_rank as effective_rank
 from .interruption import Interrupted as Interrupted

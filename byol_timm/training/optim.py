@@ -55,7 +55,12 @@ class LARS(torch.optim.Optimizer):
             momenta = [self._momentum(p) for p in params]
             torch._foreach_mul_(momenta, group["momentum"])
             torch._foreach_add_(momenta, grads)
-            torch._foreach_add_(params, momenta, alpha=-group["lr"])
+            lr = group["lr"]
+            if isinstance(lr, torch.Tensor):
+                # A scalar on the device, which `alpha` would read on the host.
+                torch._foreach_add_(params, torch._foreach_mul(momenta, -lr))
+            else:
+                torch._foreach_add_(params, momenta, alpha=-lr)
         return loss
 
     def _momentum(self, parameter: torch.Tensor) -> torch.Tensor:

@@ -56,15 +56,16 @@ def train_step(
     optimizer: torch.optim.Optimizer,
     pairs: Iterable[tuple[Tensor, Tensor]],
     *,
-    target_decay: float,
+    target_decay: float | Tensor,
     recomputes: bool = False,
 ) -> dict[str, Tensor]:
     """One step of BYOL: forward and backward for every micro-batch, optimizer, target network; the figures of it.
 
     model: a `BYOL`, prepared by the accelerator as the optimizer is. pairs: the views of each of the launch's
     `gradient_accumulation_steps` micro-batches. recomputes: whether the encoder's backward pass recomputes activations.
-    Without a gradient scaler, a gradient that is not finite leaves parameters and target as they were. Returns the
-    figures of `BYOL`, averaged over micro-batches, `grad_norm`, and `representation` of view 1, that of all
+    On a CPU, a gradient that is not finite leaves parameters and target unchanged. On other devices without a gradient
+    scaler it does not, because the step never waits for the device: check `grad_norm` before anything is saved.
+    Returns the metrics of `BYOL`, averaged over micro-batches, `grad_norm`, and `representation` of view 1, of all
     micro-batches.
 
     The two directions of the loss share no activations once both target projections are known, so each has a backward
@@ -90,7 +91,7 @@ def train_step(
     if accelerator.scaler is not None:
         accelerator.unscale_gradients(optimizer)
     norm = nn.utils.get_total_norm([p.grad for p in byol.parameters() if p.grad is not None])
-    if accelerator.scaler is not None or norm.isfinite():
+    if accelerator.scaler is not None or norm.device.type != "cpu" or norm.isfinite():
         optimizer.step()
         if not accelerator.optimizer_step_was_skipped:
             byol.update_target(target_decay)
@@ -153,15 +154,34 @@ def _read(stream: Iterator[Batch], count: int) -> tuple[list[Batch], ByolTimmErr
 
 
 class DeviceViews:
-    """Views of a batch of images, or of crops, on the device; the memory of the last ones is used again."""
+    """Make the views of a batch on the device. They are valid until the next call, which uses their memory again.
 
-    def __init__(self, views: TwoViews, device: torch.device, channels_last: bool) -> None:
+    triton: compute them with Triton kernels, in `dtype`; for a CUDA device and images of 1 or 3 channels.
+    """
+
+    def __init__(
+        self,
+        views: TwoViews,
+        device: torch.device,
+        channels_last: bool,
+        *,
+        triton: bool = False,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
         self.views, self.device = views, device
         self.layout = torch.channels_last if channels_last else torch.contiguous_format
         self.last: tuple[Tensor, Tensor] | None = None
+        if triton and device.type != "cuda":
+            raise ByolTimmError(f"--triton_views needs a CUDA GPU ({device.type}). Omit it")
+        self.kernels = views.with_triton(dtype=dtype, channels_last=channels_last) if triton else None
 
     def __call__(self, batch: Batch) -> tuple[Tensor, Tensor]:
         batch = batch.to(self.device)
+        if self.kernels is not None:
+            if batch.images is not None:
+                return self.kernels(batch.images, batch.ordinals)
+            assert batch.crops is not None
+            return self.kernels.finish(batch.crops, batch.ordinals)
         if batch.images is not None:
             self.last = self.views(batch.images, batch.ordinals, out=self.last)
         elif batch.crops is not None:

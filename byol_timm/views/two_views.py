@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -13,6 +14,9 @@ from .augmentation import JITTERS, Augmentation, Interpolation
 from .draws import CHANGE_DRAWS, CROP_DRAWS, Array, Changes, Crops, _uniforms, draw_changes, draw_crops
 from .operations import SCRATCH_PLANES, Padding, _tile, _tiles, blur, blur_taps, grayscale, jitter_operations, solarize
 from .plain import _per_channel
+
+if TYPE_CHECKING:
+    from .triton import TritonViews
 
 Views = tuple[Tensor, Tensor]
 GROUP_VALUES = 1 << 21
@@ -44,6 +48,14 @@ class TwoViews:
         self.height, self.width = (image_size, image_size) if isinstance(image_size, int) else image_size
         self.seed = seed
         self.mean, self.std = tuple(mean), tuple(std)
+
+    def with_triton(self, *, dtype: torch.dtype = torch.float32, channels_last: bool = False) -> "TritonViews":
+        """Return the same views computed by Triton kernels, for images of 1 or 3 channels on a CUDA device."""
+        # Triton is part of torch's CUDA builds only.
+        from .triton import TritonViews
+
+        size, norm = (self.height, self.width), (self.mean, self.std)
+        return TritonViews(self.augmentation, size, self.seed, *norm, dtype=dtype, channels_last=channels_last)
 
     @torch.compiler.disable
     @torch.no_grad()
