@@ -5,8 +5,8 @@
     python recipes/convert.py backbone.pth encoders/mine --source mmpretrain --backbone resnet50
 
 CHECKPOINT is a torch or safetensors file of lightly, solo-learn, mmpretrain, byol-pytorch, MoCo v3, or with
-torchvision's names, or a pickle of the authors' JAX release (haiku). The online network is taken. Nothing in the file
-is executed; one that holds more than weights and plain values is refused.
+torchvision's names, or a pickle of the authors' JAX release (haiku). Takes the online network. Executes nothing in
+the file, and refuses one that holds more than weights and plain values.
 """
 
 from dataclasses import dataclass
@@ -28,21 +28,19 @@ class Convert:
     source: Literal["haiku", "lightly", "solo-learn", "mmpretrain", "byol-pytorch", "moco-v3", "torchvision"] | None = (
         None
     )
-    """The project; None: told by the names in the file."""
+    """The project; None: found by the names in the file."""
     backbone: str | None = None
-    """The timm model; None: told by the shapes, for ResNets and MoCo v3's ViTs."""
+    """The timm model; None: found by the shapes, for ResNets and MoCo v3's ViTs."""
     backbone_kwargs: tuple[str, ...] = ()
     """Arguments of the timm model as key=value."""
     image_size: int = 224
-    """Side of the square images that the encoder was trained on."""
+    """Size of the square images that the encoder was trained on."""
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     """Mean of each channel that the project subtracts from images in [0, 1]."""
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
-    """What it then divides each channel by."""
+    """Standard deviation that it then divides each channel by."""
     license: str | None = None
     """Licence of the weights as the Hub writes it."""
-    rotated: bool = False
-    """For the JAX release: an encoder that is exact on images turned by 180 degrees."""
     debug: bool = False
     """Show the traceback of an error."""
 
@@ -62,7 +60,6 @@ def main() -> None:
         mean=config.mean,
         std=config.std,
         license=config.license,
-        rotated=config.rotated,
     )
     print(f"encoder written to {folder}")
     print(f'timm.create_model("local-dir:{folder}", pretrained=True, num_classes=0)')
