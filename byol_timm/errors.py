@@ -74,8 +74,13 @@ def one_line(error: object) -> str:
 def nearest(name: str, names: Collection[str]) -> str:
     """Return the sentence for an unknown name: the most similar one of `names`, or all of them."""
     # Nobody reads a list of a hundred names.
-    near = difflib.get_close_matches(name, names, n=1, cutoff=0.5 if len(names) < 100 else 0.0)
-    return f"Did you mean {near[0]}?" if near else f"Known: {', '.join(names)}"
+    near = closest(name, names, cutoff=0.5 if len(names) < 100 else 0.0)
+    return f"Did you mean {near}?" if near else f"Known: {', '.join(names)}"
+
+
+def closest(name: str, names: Collection[str], *, cutoff: float) -> str | None:
+    """Return the most similar one of `names`, or None if no similarity reaches `cutoff` (0 to 1)."""
+    return next(iter(difflib.get_close_matches(name, names, n=1, cutoff=cutoff)), None)
 
 
 SECRET_KEY = re.compile(r"token|secret|password|(^|_)key(_|$)", re.IGNORECASE)

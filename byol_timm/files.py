@@ -2,10 +2,8 @@
 
 import contextlib
 import errno
-import hashlib
 import json
 import os
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -48,13 +46,3 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def seal(manifest: Mapping[str, Any]) -> bytes:
-    """Return the content of manifest.json: `format`, `step` and `files`, and a hash over them."""
-    return json.dumps({**manifest, "sha256": digest(manifest)}).encode()
-
-
-def digest(manifest: Mapping[str, Any]) -> str:
-    """Return the SHA-256 of a manifest without its own."""
-    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()

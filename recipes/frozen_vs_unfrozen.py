@@ -40,7 +40,7 @@ from byol_timm.evaluation import (
 )
 from byol_timm.files import write_json
 from byol_timm.pretraining import MAY_CHANGE, initial_encoder, open_images, resolve_images, resolve_training
-from byol_timm.training import compare_config, lock_folder, prepare_output_dir
+from byol_timm.training import claim_folder, compare_config
 from byol_timm.views import EvaluationTransform, crop_pct
 
 logger = logging.getLogger("byol_timm.frozen_vs_unfrozen")
@@ -183,8 +183,7 @@ def compare(comparison: Comparison, folder: str | Path) -> list[dict[str, Any]]:
     """
     folder = Path(folder)
     check_comparison(comparison)
-    prepare_output_dir(folder, resume=True, overwrite=False)
-    with lock_folder(folder):
+    with claim_folder(folder, resume=True):
         for name in ("cells", "labelled"):
             (folder / name).mkdir(exist_ok=True)
         check_same_comparison(folder, comparison, open_images(comparison.pretraining))

@@ -15,7 +15,7 @@ from ..byol import BYOL, HEALTH
 from ..cli import read_config
 from ..config import ORDERS, PretrainConfig
 from ..data import BadImage, Batch, Images, Splits, Stream, StreamSplits
-from ..encoders import create_encoder, normalization, save_encoder
+from ..encoders import create_encoder, has_batch_norm, normalization, save_encoder
 from ..errors import ByolTimmError, redact
 from ..evaluation import NEIGHBOURS, Examples, LinearProbe
 from ..files import write_json
@@ -120,7 +120,8 @@ def _resume(
         # A checkpoint without what it stood for.
         before = dataclasses.replace(config, backbone_kwargs=tuple(state["config"]["backbone_kwargs"]))
         state["config"]["backbone_kwargs"] = list(resolve_backbone_kwargs(before).backbone_kwargs)
-    compare_config(state["config"], dataclasses.asdict(config), may_change=MAY_CHANGE, checkpoint=name)
+    matters = {"batch_size": "BatchNorm statistics differ from the interrupted run's"} if has_batch_norm(byol) else {}
+    compare_config(state["config"], dataclasses.asdict(config), may_change=MAY_CHANGE, matters=matters, checkpoint=name)
     if state["data"]["fingerprint"] != data["fingerprint"]:
         raise ByolTimmError(
             f"{name} was made of other images ({state['data']['images']:,} then, {data['images']:,} now). "

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import itertools
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -34,14 +35,14 @@ from ..training import (
     _open_batches,
     _read,
     _seed,
+    check_resumable,
+    claim_folder,
     create_accelerator,
     effective_rank,
     enable_grad_checkpointing,
     explain_exhaustion,
-    lock_folder,
     optimizer_tensors,
     prepare,
-    prepare_output_dir,
     read_metrics,
     train_step,
 )
@@ -80,8 +81,9 @@ def pretrain(config: PretrainConfig) -> nn.Module:
     accelerator = create_accelerator(config.report_to, folder)
     with contextlib.ExitStack() as stack:
         processes = stack.enter_context(Processes(accelerator))
+        commits: list[Callable[[], None]] = []
         if not config.dry_run:
-            processes.on_main(lambda: _claim(folder, config, stack))
+            processes.on_main(lambda: commits.append(_claim(folder, config, stack)))
         interruption = stack.enter_context(Interruption(max_minutes=config.max_time))
 
         # The images, the encoder that fits them, and what both leave to choose.
@@ -191,7 +193,9 @@ def pretrain(config: PretrainConfig) -> nn.Module:
         )
         held_out, evaluated = None, set()
         if accelerator.is_main_process:
-            writer = stack.enter_context(CheckpointWriter(folder / "checkpoints"))
+            # Step 0 has learned nothing that an earlier run should be given up for.
+            saved_step = lambda step: commits[0]() if step else None  # noqa: E731
+            writer = stack.enter_context(CheckpointWriter(folder / "checkpoints", saved=saved_step))
             log = stack.enter_context(
                 MetricsLog(
                     folder,
@@ -328,8 +332,9 @@ def pretrain(config: PretrainConfig) -> nn.Module:
     return encoder.eval()
 
 
-def _claim(folder: Path, config: PretrainConfig, stack: contextlib.ExitStack) -> None:
+def _claim(folder: Path, config: PretrainConfig, stack: contextlib.ExitStack) -> Callable[[], None]:
     if config.push_to_hub:
         check_push(config.push_to_hub, public=config.public)
-    prepare_output_dir(folder, resume=config.resume, overwrite=config.overwrite)
-    stack.enter_context(lock_folder(folder))
+    if config.resume and not config.overwrite:
+        check_resumable(folder)
+    return stack.enter_context(claim_folder(folder, resume=config.resume, overwrite=config.overwrite))

@@ -7,9 +7,9 @@ from .checkpoint import load_latest as load_latest
 from .checkpoint import optimizer_tensors as optimizer_tensors
 from .checkpoint import restore_optimizer as restore_optimizer
 from .checkpoint import save_checkpoint as save_checkpoint
+from .folder import check_resumable as check_resumable
+from .folder import claim_folder as claim_folder
 from .folder import compare_config as compare_config
-from .folder import lock_folder as lock_folder
-from .folder import prepare_output_dir as prepare_output_dir
 from .graph import GraphedStep as GraphedStep
 from .health import CollapseAlarm as CollapseAlarm
 from .health import effective_rank as effective_rank

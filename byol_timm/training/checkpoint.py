@@ -1,7 +1,7 @@
-"""Checkpoints that survive a kill at any moment: written beside, verified by hash, renamed into place, nothing pickled.
+"""Checkpoints that survive a kill at any moment: complete, verified by hash, and without pickle.
 
 A checkpoint is a folder `step-N` of safetensors files, `state.json` and `manifest.json`, which holds the size and
-sha256 of every file and its own. Names decide their order, never clocks.
+SHA-256 of every file and its own. It is written under another name and renamed.
 """
 
 import dataclasses
@@ -13,7 +13,7 @@ import os
 import re
 import shutil
 import threading
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from ..errors import ByolTimmError
-from ..files import digest as manifest_digest
-from ..files import seal, sync_folder
+from ..files import sync_folder
 
 logger = logging.getLogger(__name__)
 
@@ -35,9 +34,9 @@ _STATE = "state.json"
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """What `load_latest` found: tensors on the CPU by file and name, and the JSON state saved with them.
+    """Tensors on the CPU by file and name, and the JSON state that was saved with them.
 
-    skipped: newer checkpoints that are damaged, each as "step-120: what is wrong".
+    skipped: newer checkpoints that are damaged, each as "step-120: reason".
     """
 
     step: int
@@ -55,25 +54,23 @@ def save_checkpoint(
     *,
     keep: int = 2,
 ) -> Path:
-    """Save `folder/step-N`, whole or not at all, then remove all but the newest `keep` (at least 2) up to this step.
+    """Save `folder/step-N`, then remove all but the newest `keep` (at least 2) up to this step; return its path.
 
-    tensors: one safetensors file for each key. state: anything JSON holds. A good `step-N` that exists already stays as
-    it is, since a step of a run has one outcome. Raises `ByolTimmError` when the disk is full or fails; what was there
-    before is then untouched.
+    tensors: one safetensors file for each key. state: any JSON values. A good `step-N` that exists already stays.
+    Raises `ByolTimmError` if the disk is full or fails; earlier checkpoints are then unchanged.
     """
-    files = {f"{name}.safetensors": _on_host(group) for name, group in tensors.items()}
-    return _write(folder, step, files, json.dumps(state), keep)
+    return _write(folder, step, _on_host(tensors), json.dumps(state), keep)
 
 
 def load_latest(folder: Path) -> Checkpoint | None:
-    """The newest checkpoint in `folder` that is whole to the last bit, or None; clears what killed saves left behind.
+    """Return the newest checkpoint in `folder` that is undamaged, or None; delete what killed saves have left.
 
-    Raises `ByolTimmError` for a checkpoint that a newer byol_timm wrote, and when every checkpoint is damaged.
+    Raises `ByolTimmError` for a checkpoint of a newer byol_timm, and if all checkpoints are damaged.
     """
     if not folder.is_dir():
         return None
     for leftover in folder.glob(".tmp-*"):
-        shutil.rmtree(leftover, ignore_errors=True)  # every process of a run may be sweeping
+        shutil.rmtree(leftover, ignore_errors=True)  # other processes may be doing the same
     skipped: list[str] = []
     for step in reversed(_steps(folder)):
         try:
@@ -83,42 +80,44 @@ def load_latest(folder: Path) -> Checkpoint | None:
             continue
         return dataclasses.replace(checkpoint, skipped=tuple(skipped))
     if skipped:
-        raise ByolTimmError(f"no good checkpoint in {folder} ({'; '.join(skipped)}). Start anew with --overwrite")
+        raise ByolTimmError(f"no good checkpoint in {folder} ({'; '.join(skipped)}). Start again with --overwrite")
     return None
 
 
 def load_checkpoint(path: Path, groups: Collection[str]) -> Checkpoint:
-    """These groups of tensors, and the state, of the checkpoint `path`, which anybody may have written.
+    """Return these groups of tensors, and the state, of a checkpoint from any source.
 
-    Raises `ByolTimmError` where they are not whole to the last bit.
+    Raises `ByolTimmError` if they are damaged.
     """
     try:
         return _load(path, {_STATE, *(f"{name}.safetensors" for name in groups)})
     except _Damaged as error:
-        raise ByolTimmError(f"{path} is no good checkpoint ({error}). Name one as RUN/checkpoints/step-N") from error
+        raise ByolTimmError(f"{path} is not a good checkpoint ({error}). Name one as RUN/checkpoints/step-N") from error
 
 
 class CheckpointWriter:
-    """Saves checkpoints from a background thread, one at a time; training waits only for the copy to host memory.
+    """Save checkpoints in a background thread, one at a time; training waits only for the copy to host memory.
 
-    An error of the thread is raised by the next `save` or `close`. As a context manager it closes at the end.
+    saved: called in that thread with the step of each checkpoint on the disk. An error of the thread is raised by the
+    next `save` or `close`. As a context manager it closes at the end.
     """
 
-    def __init__(self, folder: Path, *, keep: int = 2) -> None:
+    def __init__(self, folder: Path, *, keep: int = 2, saved: Callable[[int], None] = lambda step: None) -> None:
         self.folder = folder
         self.keep = keep
+        self._saved = saved
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
 
     def save(self, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> None:
-        """Take a copy of everything now and write it as `save_checkpoint` does; joins an earlier save first."""
+        """Copy everything now and write it as `save_checkpoint` does, after the previous save has ended."""
         self.close()
-        files = {f"{name}.safetensors": _on_host(group) for name, group in tensors.items()}
-        text = json.dumps(state)
+        files, text = _on_host(tensors), json.dumps(state)
 
         def write() -> None:
             try:
                 _write(self.folder, step, files, text, self.keep)
+                self._saved(step)
             except Exception as error:
                 self._error = error
 
@@ -147,14 +146,18 @@ class CheckpointWriter:
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The whole state of an optimizer as named tensors; what is not a tensor stands as JSON in `layout` (uint8)."""
+    """Return the state of an optimizer as named tensors; all other values are JSON in `layout` (uint8)."""
     tensors: dict[str, Tensor] = {}
     layout = json.dumps(_pack(optimizer.state_dict(), "", tensors)).encode()
     return {**tensors, "layout": torch.frombuffer(bytearray(layout), dtype=torch.uint8)}
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
-    """Put `optimizer_tensors` back, bit for bit, into an optimizer over the same parameters."""
+    """Load `optimizer_tensors` into an optimizer over the same parameters.
+
+    Each tensor gets the memory format of its parameter and the device that torch keeps it on, so lay out and prepare
+    the parameters first.
+    """
     state_dict = _unpack(json.loads(bytes(tensors["layout"].tolist())), tensors)
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     saved = state_dict["state"]
@@ -166,30 +169,33 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Te
         )
     for index, state in saved.items():
         for name, value in state.items():
-            # Reductions over the restored state must see the memory order that they saw before.
+            # Reductions over the state depend on its memory order to the last bit.
             if isinstance(value, Tensor) and value.shape == parameters[index].shape:
                 state[name] = torch.empty_like(parameters[index], dtype=value.dtype, device="cpu").copy_(value)
     optimizer.load_state_dict(state_dict)
     for index, state in saved.items():
         live = optimizer.state[parameters[index]]
         for name, value in state.items():
-            # torch casts the state to the dtype of the parameter.
+            # torch has cast the state to the dtype of the parameter.
             if isinstance(value, Tensor) and live[name].dtype != value.dtype:
                 live[name] = value.to(live[name].device)
 
 
 class _Damaged(Exception):
-    """Why a checkpoint cannot be used."""
+    """The reason why a checkpoint cannot be used."""
 
 
-def _on_host(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    # Copies: safetensors takes neither shared memory nor strides, and training goes on changing the originals.
+def _on_host(tensors: Mapping[str, Mapping[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
+    # Copies: safetensors takes neither shared memory nor strides, and training changes the originals.
     return {
-        name: torch.empty(tensor.shape, dtype=tensor.dtype).copy_(tensor.detach()) for name, tensor in tensors.items()
+        f"{file}.safetensors": {
+            name: torch.empty(tensor.shape, dtype=tensor.dtype).copy_(tensor.detach()) for name, tensor in group.items()
+        }
+        for file, group in tensors.items()
     }
 
 
-def _write(folder: Path, step: int, files: Mapping[str, Mapping[str, Tensor]], state: str, keep: int) -> Path:
+def _write(folder: Path, step: int, files: Mapping[str, dict[str, Tensor]], state: str, keep: int) -> Path:
     final, temporary = folder / f"step-{step}", folder / f".tmp-step-{step}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -201,12 +207,10 @@ def _write(folder: Path, step: int, files: Mapping[str, Mapping[str, Tensor]], s
             shutil.rmtree(temporary)
         temporary.mkdir()
         try:
-            entries = {
-                name: _write_file(temporary / name, safetensors.torch.save(dict(t))) for name, t in files.items()
-            }
+            entries = {name: _write_file(temporary / name, safetensors.torch.save(t)) for name, t in files.items()}
             entries[_STATE] = _write_file(temporary / _STATE, state.encode())
             manifest = {"format": FORMAT, "step": step, "files": entries}
-            _write_file(temporary / _MANIFEST, seal(manifest))
+            _write_file(temporary / _MANIFEST, json.dumps({**manifest, "sha256": _digest(manifest)}).encode())
             sync_folder(temporary)
         except OSError:
             shutil.rmtree(temporary)
@@ -221,6 +225,7 @@ def _write(folder: Path, step: int, files: Mapping[str, Mapping[str, Tensor]], s
 
 
 def _write_file(path: Path, data: bytes) -> dict[str, Any]:
+    """Write one file of a folder that is not in use yet; return its entry in the manifest."""
     with open(path, "xb") as file:
         file.write(data)
         file.flush()
@@ -228,8 +233,12 @@ def _write_file(path: Path, data: bytes) -> dict[str, Any]:
     return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 
 
+def _digest(manifest: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+
+
 def _remove(path: Path) -> None:
-    # Renamed first, so that a kill in between leaves no half checkpoint under a good name.
+    # Renamed first, so that a kill leaves no incomplete checkpoint under a good name.
     doomed = path.with_name(f".tmp-removed-{path.name}")
     os.rename(path, doomed)
     shutil.rmtree(doomed)
@@ -246,7 +255,7 @@ def _load(path: Path, names: Collection[str] | None = None) -> Checkpoint:
 
 
 def _read(path: Path, names: Collection[str] | None = None) -> tuple[int, dict[str, bytes]]:
-    """The step and the verified contents of the files of a checkpoint, or of those among `names`."""
+    """Return the step and the verified contents of the files of a checkpoint, or of those among `names`."""
     try:
         manifest = json.loads((path / _MANIFEST).read_bytes())
         digest = manifest.pop("sha256")
@@ -259,7 +268,7 @@ def _read(path: Path, names: Collection[str] | None = None) -> tuple[int, dict[s
         raise _Damaged(f"{_MANIFEST}: {error.strerror}") from error
     except (ValueError, KeyError, AttributeError, TypeError):
         raise _Damaged(f"{_MANIFEST} is damaged") from None
-    if digest != manifest_digest(manifest):
+    if digest != _digest(manifest):
         raise _Damaged(f"{_MANIFEST} is damaged")
     if version > FORMAT:
         raise ByolTimmError(
@@ -277,7 +286,7 @@ def _read(path: Path, names: Collection[str] | None = None) -> tuple[int, dict[s
         except OSError as error:
             raise _Damaged(f"{name}: {error.strerror}") from error
         if hashlib.sha256(contents[name]).hexdigest() != sha256:
-            raise _Damaged(f"{name} has other contents than were saved (sha256)")
+            raise _Damaged(f"{name} does not have the contents that were saved (sha256)")
     return step, contents
 
 
@@ -310,7 +319,7 @@ def _failure(error: OSError, folder: Path, step: int, files: Mapping[str, Mappin
 
 
 def _pack(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
-    """`value` as JSON, its tensors moved to `tensors` under their path in it."""
+    """Return `value` as JSON; its tensors go to `tensors` under their path in it."""
     if isinstance(value, Tensor):
         tensors[name] = value
         return {"tensor": name}
@@ -324,7 +333,7 @@ def _pack(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     raise ByolTimmError(
-        f"optimizer state {name} is a {type(value).__name__}, which no checkpoint holds. Choose another --opt"
+        f"optimizer state {name} is a {type(value).__name__}, which checkpoints cannot hold. Choose another --opt"
     )
 
 

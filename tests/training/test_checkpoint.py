@@ -12,16 +12,12 @@ import torch
 from safetensors.torch import load_file
 
 from byol_timm.errors import ByolTimmError
-from byol_timm.files import seal
 from byol_timm.training import (
     CheckpointWriter,
-    compare_config,
     create_optimizer,
     load_checkpoint,
     load_latest,
-    lock_folder,
     optimizer_tensors,
-    prepare_output_dir,
     restore_optimizer,
     save_checkpoint,
 )
@@ -51,6 +47,11 @@ def assert_same(tensors, step):
         for name, tensor in wanted[group].items():
             assert tensors[group][name].dtype == tensor.dtype
             assert torch.equal(tensors[group][name], tensor)
+
+
+def sealed(manifest):
+    digest = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+    return json.dumps({**manifest, "sha256": digest})
 
 
 def run_python(code, *arguments, **kwargs):
@@ -163,8 +164,7 @@ def test_a_newer_format_is_refused_in_one_line(tmp_path):
     manifest = json.loads(path.read_text())
     del manifest["sha256"]
     manifest["format"] = 2
-    digest = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
-    path.write_text(json.dumps({**manifest, "sha256": digest}))
+    path.write_text(sealed(manifest))
     with pytest.raises(ByolTimmError, match=r"step-1 has checkpoint format 2, this byol_timm reads up to 1\. Upgrade"):
         load_latest(tmp_path)
 
@@ -210,10 +210,10 @@ def test_a_checkpoint_of_anybody_is_read_by_its_path(tmp_path):
 def test_a_manifest_that_was_made_up_is_refused_in_one_line(tmp_path, manifest):
     save(tmp_path, 7)
     (tmp_path / "secret").write_bytes(b"abc")
-    content = seal(manifest) if isinstance(manifest, dict) else json.dumps(manifest).encode()
-    (tmp_path / "step-7" / "manifest.json").write_bytes(content)
+    content = sealed(manifest) if isinstance(manifest, dict) else json.dumps(manifest)
+    (tmp_path / "step-7" / "manifest.json").write_text(content)
     for load in (lambda: load_checkpoint(tmp_path / "step-7", {"byol"}), lambda: load_latest(tmp_path)):
-        with pytest.raises(ByolTimmError, match="no good checkpoint") as caught:
+        with pytest.raises(ByolTimmError, match=r"(no|not a) good checkpoint") as caught:
             load()
         assert "\n" not in str(caught.value)
 
@@ -352,6 +352,14 @@ def test_the_first_error_of_a_run_is_not_hidden_by_that_of_the_writer(tmp_path):
         raise ZeroDivisionError
 
 
+def test_the_writer_says_which_steps_are_on_the_disk(tmp_path):
+    seen = []
+    with CheckpointWriter(tmp_path, saved=lambda step: seen.append((step, load_latest(tmp_path).step))) as writer:
+        writer.save(1, {}, {})
+        writer.save(2, {}, {})
+    assert seen == [(1, 1), (2, 2)]
+
+
 def step_of(module, optimizer, seed):
     optimizer.zero_grad()
     module(torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(seed))).square().mean().backward()
@@ -382,6 +390,21 @@ def test_an_optimizer_goes_on_bit_for_bit(tmp_path, opt):
         assert torch.equal(wanted, got), name
 
 
+def test_restored_state_keeps_the_memory_format_of_the_network_and_the_place_of_the_step():
+    module = timm.create_model("test_resnet", num_classes=0)
+    optimizer = create_optimizer("adamw", module, lr=0.01, weight_decay=0.01)
+    step_of(module, optimizer, 0)
+    saved = {name: tensor.contiguous() for name, tensor in optimizer_tensors(optimizer).items()}
+
+    module.to(memory_format=torch.channels_last)
+    other = create_optimizer("adamw", module, lr=0.01, weight_decay=0.01)
+    restore_optimizer(other, saved)
+    for parameter, state in other.state.items():
+        assert state["exp_avg"].stride() == parameter.stride()
+        assert (state["step"].device.type, state["step"].dtype) == ("cpu", torch.float32)
+        assert state["step"] == 1
+
+
 def test_an_optimizer_before_its_first_step_has_a_state_too():
     parameter = torch.nn.Parameter(torch.zeros(3))
     optimizer = torch.optim.AdamW([parameter], lr=0.125, betas=(0.5, 0.75))
@@ -395,134 +418,3 @@ def test_optimizer_state_that_would_need_pickle_is_refused():
     optimizer.param_groups[0]["callback"] = print
     with pytest.raises(ByolTimmError, match=r"callback is a builtin_function_or_method.*--opt"):
         optimizer_tensors(optimizer)
-
-
-def test_a_folder_has_one_run_at_a_time(tmp_path):
-    code = """
-        import sys
-        from pathlib import Path
-        from byol_timm.training import lock_folder
-        with lock_folder(Path(sys.argv[1])):
-            print("locked", flush=True)
-            sys.stdin.read()
-    """
-    command = [sys.executable, "-c", textwrap.dedent(code), str(tmp_path)]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
-        assert other.stdout.readline() == b"locked\n"
-        with pytest.raises(ByolTimmError, match=rf"is in use by process {other.pid} on .*--output_dir"):
-            with lock_folder(tmp_path):
-                pass
-        with pytest.raises(ByolTimmError, match="is in use"):
-            (tmp_path / "config.yaml").write_text("")
-            prepare_output_dir(tmp_path, resume=False, overwrite=True)
-        other.kill()
-    with lock_folder(tmp_path):
-        assert f"process {os.getpid()} " in (tmp_path / ".lock").read_text()
-
-
-def test_a_new_or_empty_folder_is_prepared_and_left_empty(tmp_path):
-    for path in (tmp_path / "a" / "naïve ☃", tmp_path / "b"):
-        prepare_output_dir(path, resume=False, overwrite=False)
-        prepare_output_dir(path, resume=True, overwrite=False)
-        assert list(path.iterdir()) == []
-
-
-def test_a_folder_that_only_a_lock_is_left_in_counts_as_empty(tmp_path):
-    with lock_folder(tmp_path):
-        pass
-    prepare_output_dir(tmp_path, resume=False, overwrite=False)
-
-
-def test_a_folder_in_use_is_refused_unless_resumed_or_overwritten(tmp_path):
-    with lock_folder(tmp_path):
-        save(tmp_path / "checkpoints", 1)
-    with pytest.raises(ByolTimmError, match=r"is not empty\. Continue with --resume, discard it with --overwrite"):
-        prepare_output_dir(tmp_path, resume=False, overwrite=False)
-    prepare_output_dir(tmp_path, resume=True, overwrite=False)
-    assert load_latest(tmp_path / "checkpoints").step == 1
-    prepare_output_dir(tmp_path, resume=False, overwrite=True)
-    assert [entry.name for entry in tmp_path.iterdir()] == [".lock"]
-
-
-def test_overwrite_discards_runs_only(tmp_path):
-    (tmp_path / "thesis.tex").write_text("years of work")
-    with pytest.raises(ByolTimmError, match="holds no run to go on with"):
-        prepare_output_dir(tmp_path, resume=True, overwrite=False)
-    with pytest.raises(ByolTimmError, match="--overwrite discards earlier runs only"):
-        prepare_output_dir(tmp_path, resume=False, overwrite=True)
-    assert (tmp_path / "thesis.tex").exists()
-
-
-def test_a_copy_of_a_run_without_its_hidden_files_goes_on(tmp_path):
-    save(tmp_path / "checkpoints", 1)
-    prepare_output_dir(tmp_path, resume=True, overwrite=False)
-
-
-def test_overwrite_does_not_follow_links(tmp_path):
-    (tmp_path / "data").mkdir()
-    (tmp_path / "data" / "image.png").write_text("")
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "link").symlink_to(tmp_path / "data")
-    with lock_folder(tmp_path / "run"):
-        pass
-    prepare_output_dir(tmp_path / "run", resume=False, overwrite=True)
-    assert (tmp_path / "data" / "image.png").exists()
-
-
-def test_a_path_that_cannot_be_a_folder_is_refused(tmp_path):
-    (tmp_path / "file").write_text("")
-    for path, problem in [
-        (tmp_path / "file", "is a file"),
-        (tmp_path / "file" / "run", r"cannot write to .*Not a directory"),
-        (tmp_path / ("long" * 100), r"cannot write to .{10,80}\.\.\. \(File name too long\)"),
-    ]:
-        with pytest.raises(ByolTimmError, match=problem + r".*Choose another --output_dir"):
-            prepare_output_dir(path, resume=False, overwrite=False)
-
-
-def test_an_unwritable_folder_is_refused(tmp_path):
-    code = """
-        import os, sys
-        from pathlib import Path
-        from byol_timm.training import prepare_output_dir
-        from byol_timm.errors import ByolTimmError
-        if os.geteuid() == 0:
-            os.setuid(65534)
-        try:
-            prepare_output_dir(Path(sys.argv[1]), resume=False, overwrite=False)
-        except ByolTimmError as error:
-            print(error)
-    """
-    folder = tmp_path / "closed"
-    folder.mkdir(mode=0o555)
-    for parent in (tmp_path, tmp_path.parent, tmp_path.parent.parent):
-        parent.chmod(0o755)
-    result = run_python(code, folder)
-    assert result.returncode == 0, result.stderr
-    assert result.stdout == f"cannot write to {folder} (Permission denied). Choose another --output_dir\n"
-
-
-SAVED = dict(backbone="resnet18", image_size=32, blur=[1.0, 0.1], lr=0.2, flip=None, pretrained=False, kwargs={"a": 1})
-
-
-@pytest.mark.parametrize(
-    "change, message",
-    [
-        (
-            dict(backbone="resnet50"),
-            "checkpoint step-100 was made with backbone resnet18, you asked for resnet50. "
-            "Use another --output_dir or --backbone resnet18",
-        ),
-        (dict(blur=(1.0, 0.2)), r"made with blur 1.0 0.1, you asked for 1.0 0.2. .* or --blur 1.0 0.1"),
-        (dict(flip=0.5), r"made with flip None, you asked for 0.5. .* or no --flip"),
-        (dict(pretrained=True), r"made with pretrained False, you asked for True. .* or --no_pretrained"),
-        (dict(kwargs={}), r"made with kwargs a=1, you asked for none. .* or --kwargs a=1"),
-    ],
-)
-def test_another_setting_than_the_checkpoints_is_named(change, message):
-    with pytest.raises(ByolTimmError, match=message):
-        compare_config(SAVED, {**SAVED, **change}, may_change={"lr"}, checkpoint="checkpoint step-100")
-
-
-def test_settings_that_may_change_and_those_of_other_versions_pass():
-    compare_config({**SAVED, "old": 1}, {**SAVED, "blur": (1.0, 0.1), "lr": 0.3, "new": 2}, may_change={"lr"})
