@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..byol import BYOL
 from ..config import PretrainConfig, check, output_dir, to_yaml
-from ..data import Splits, copied_ahead, fingerprint, hub_id
+from ..data import Batch, Splits, copied_ahead, fingerprint, hub_id
 from ..encoders import check_push, encoder_width, freeze_parts, has_batch_norm, normalization, push_encoder
 from ..errors import ByolTimmError, redact
 from ..evaluation import Examples, LinearProbe
@@ -26,6 +26,7 @@ from ..training import (
     GraphedStep,
     Interrupted,
     Interruption,
+    LateCheck,
     MetricsLog,
     Processes,
     Schedule,
@@ -231,9 +232,19 @@ def pretrain(config: PretrainConfig) -> nn.Module:
             # A checkpoint without a count of the steps.
             sums = [0.0] * (len(FIGURES) + 1)
         since_log = torch.tensor(sums, dtype=precision, device=accelerator.device)
+        # A GPU's step is checked when the next one is queued, and before anything of it is measured or saved.
+        unchecked: list[tuple[LateCheck, tuple[int, float, dict[str, Tensor], list[Batch]]]] = []
+
+        def check_steps(late: int = 0) -> None:
+            while len(unchecked) > late:
+                norm, facts = unchecked.pop(0)
+                if not norm.is_finite():
+                    raise _not_finite(folder, *facts, splits.train, processes)
+
         stream, skipped = copied_ahead(iter(batches), accelerator.device), 0
         while True:
             if held_out is not None and schedule.evaluates(step, settings.knn_every) and step not in evaluated:
+                check_steps()
                 with log.aside():
                     accuracies = held_out.evaluate(encoder, probe if step else None, interruption)
                 if accuracies is not None:
@@ -244,6 +255,7 @@ def pretrain(config: PretrainConfig) -> nn.Module:
             micro_batches, failure = _read(stream, 0 if over else accelerator.gradient_accumulation_steps)
             stop = processes.agree(FAILED if failure else interruption.requested)
             if stop is not None:
+                check_steps()
                 bad = bad_images()
                 if accelerator.is_main_process:
                     save(bad)
@@ -265,8 +277,12 @@ def pretrain(config: PretrainConfig) -> nn.Module:
                     accelerator, model, optimizer, pairs, target_decay=decay, recomputes=settings.grad_checkpointing
                 )
             skipped = skipped + 1 if accelerator.optimizer_step_was_skipped else 0
-            if not figures["grad_norm"].isfinite() and not _mends_itself(accelerator, figures["loss"], skipped):
-                raise _not_finite(folder, step, lr, figures, micro_batches, splits.train, processes)
+            unchecked.append((LateCheck(figures["grad_norm"]), (step, lr, figures, micro_batches)))
+            if accelerator.scaler is not None and _mends_itself(accelerator, figures["loss"], skipped):
+                unchecked.clear()
+            due = any((step + 1) % every == 0 for every in (settings.log_every, settings.save_every))
+            at_once = due or step + 1 == schedule.total_steps or accelerator.scaler is not None
+            check_steps(late=0 if at_once or accelerator.device.type != "cuda" else 1)
             if accelerator.is_main_process and probe and not skipped:
                 ordinals = torch.cat([batch.ordinals for batch in micro_batches])
                 probe.learn(figures["representation"], ordinals, batches.bad)

@@ -29,6 +29,7 @@ from .processes import prepare as prepare
 from .step import FIGURES as FIGURES
 from .step import MAX_SKIPPED_STEPS as MAX_SKIPPED_STEPS
 from .step import DeviceViews as DeviceViews
+from .step import LateCheck as LateCheck
 from .step import _create_optimizer as _create_optimizer
 from .step import _lay_out as _lay_out
 from .step import _mends_itself as _mends_itself

@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import math
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -101,6 +102,23 @@ def train_step(
         # Where there is no SyncBatchNorm: every process must export and resume the same statistics.
         average_batch_statistics(byol)
     return {**totals, "grad_norm": norm, "representation": torch.cat(representations)}
+
+
+class LateCheck:
+    """Ask whether a number of a step is finite after the next step was queued, so that the device never idles."""
+
+    def __init__(self, number: Tensor) -> None:
+        self.number = torch.empty((), dtype=number.dtype, pin_memory=number.is_cuda)
+        self.number.copy_(number.detach(), non_blocking=True)
+        self.copied = torch.cuda.Event() if number.is_cuda else None
+        if self.copied is not None:
+            self.copied.record()
+
+    def is_finite(self) -> bool:
+        """Return the answer; waits for the step that the number is of, not for later ones."""
+        if self.copied is not None:
+            self.copied.synchronize()
+        return math.isfinite(self.number.item())
 
 
 def _create_optimizer(config: Any, byol: BYOL, peak_lr: float) -> torch.optim.Optimizer:
