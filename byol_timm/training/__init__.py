@@ -18,14 +18,14 @@ from .interruption import Interruption as Interruption
 from .log import MetricsLog as MetricsLog
 from .log import read_metrics as read_metrics
 from .optim import LARS as LARS
-from .optim import Schedule as Schedule
 from .optim import create_optimizer as create_optimizer
-from .optim import learning_rate as learning_rate
 from .optim import parameter_groups as parameter_groups
 from .processes import Processes as Processes
 from .processes import create_accelerator as create_accelerator
 from .processes import explain_exhaustion as explain_exhaustion
 from .processes import prepare as prepare
+from .schedule import Schedule as Schedule
+from .schedule import learning_rate as learning_rate
 from .step import FIGURES as FIGURES
 from .step import MAX_SKIPPED_STEPS as MAX_SKIPPED_STEPS
 from .step import DeviceViews as DeviceViews

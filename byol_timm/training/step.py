@@ -16,8 +16,9 @@ from ..byol import BYOL, HEALTH
 from ..data import Batch, Splits, StreamBatches, StreamSplits, TrainingBatches
 from ..errors import ByolTimmError
 from ..views import TwoViews
-from .optim import Schedule, create_optimizer
+from .optim import create_optimizer
 from .processes import average_batch_statistics
+from .schedule import Schedule
 
 
 def enable_grad_checkpointing(encoder: Any) -> None:
@@ -220,4 +221,4 @@ def _mends_itself(accelerator: Accelerator, loss: Tensor, skipped: int) -> bool:
     It cannot when activations overflow: then the loss is no number either, and batch statistics are lost. The answer is
     that of all processes, which skip a step together.
     """
-    return 0 < skipped <= MAX_SKIPPED_STEPS and bool(accelerator.reduce(loss.double(), "mean").isfinite())
+    return 0 < skipped <= MAX_SKIPPED_STEPS and bool(accelerator.reduce(loss.float(), "mean").isfinite())
