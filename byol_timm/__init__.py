@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from .encoders import register as register
     from .encoders import save_encoder as save_encoder
     from .errors import ByolTimmError as ByolTimmError
+    from .evaluation import evaluate as evaluate
     from .evaluation import extract_features as extract_features
     from .evaluation import knn as knn
     from .evaluation import train_classifier as train_classifier
@@ -25,6 +26,7 @@ _HOMES = {
     "PretrainConfig": "config",
     "TwoViews": "views",
     "create_encoder": "encoders",
+    "evaluate": "evaluation",
     "extract_features": "evaluation",
     "knn": "evaluation",
     "pretrain": "pretraining",

@@ -208,12 +208,38 @@ class EvaluationConfig:
 
     seed: int = 0
     """Random seed."""
-    split_seed: int = 0
-    """Seed of the split into training and held-out images, where the dataset has no labelled test split."""
+    split_seed: int | None = None
+    """Seed of the split into training and held-out images (default: that of the encoder's training, else 0)."""
     output: str | None = None
     """Folder for results.json, confusion.png and labelled.json, the rows whose labels a classifier learned from."""
     debug: bool = False
     """Show the traceback of an error."""
+
+
+@dataclasses.dataclass(frozen=True)
+class KnnConfig(EvaluationConfig):
+    """Measure the k-nearest-neighbour accuracy of an encoder: all training images vote on every held-out image.
+
+    Neighbours are found by cosine and vote with weight exp(cosine / temperature).
+    """
+
+    k: int = 20
+    """Number of neighbours that vote."""
+    temperature: float = 0.07
+    """Temperature of the votes."""
+    center: bool = True
+    """Subtract the mean of the training features first."""
+    raw_pixels: bool = False
+    """Also measure the accuracy of the raw pixels, averaged to 32x32 if images are larger."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ClassifierConfig(EvaluationConfig):
+    """Train a linear classifier on an encoder and test it on held-out images."""
+
+    protocol: str = "quick"
+    """For a frozen encoder: quick; byol-linear: SGD with crops and flips; byol-transfer-linear: logistic regression.
+    For fine-tuning: quick; byol-semi-1 and byol-semi-10: with 1 % and 10 % of the labels of every class."""
 
 
 def data_settings(config: PretrainConfig | EvaluationConfig) -> dict[str, Any]:

@@ -1,9 +1,9 @@
-"""The page of a run: its pictures, numbers, settings and environment in one file that needs no other.
+"""Write the report of a run: pictures, metrics, settings and environment in one HTML file.
 
     python recipes/report.py runs/resnet18-digits
     python recipes/report.py runs/resnet18-digits --tsne
 
-`pretrain` writes it at the end; this writes it again, with whatever pictures (*.png) lie in the folder by now.
+`pretrain` writes it at the end. This recipe writes it again, with all pictures (*.png) that are now in the folder.
 """
 
 from dataclasses import dataclass
@@ -17,12 +17,12 @@ from byol_timm.report import save_report
 
 @dataclass(frozen=True)
 class Report:
-    """Write report.html: the pictures, numbers, settings and environment of a run on one page."""
+    """Write report.html: pictures, metrics, settings and environment of a run on one page."""
 
     folder: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
     """Folder of a run."""
     tsne: bool = False
-    """Draw the map of the images anew, by t-SNE: a minute or more, and the images must still be there."""
+    """Redraw the feature map with t-SNE. Takes a minute or more, and needs the images of the run."""
     debug: bool = False
     """Show the traceback of an error."""
 

@@ -36,7 +36,7 @@ OWNERS = {
     "matplotlib": {"report"},
     "psutil": {"training/processes"},
     "sklearn": {"evaluation/classifier", "report", "data/opening"},
-    "scipy": set(),
+    "scipy": {"evaluation/metrics"},
     "tyro": {"cli"},
     "yaml": {"cli", "config", "encoders/card", "report"},
 }  # fmt: skip

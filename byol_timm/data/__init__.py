@@ -41,6 +41,7 @@ from .images import (
 from .images import (
     warn_of_few_levels as warn_of_few_levels,
 )
+from .opening import hold_out as hold_out
 from .opening import hub_id as hub_id
 from .opening import open_dataset as open_dataset
 from .stream_batches import StreamBatches as StreamBatches

@@ -128,12 +128,18 @@ def _choose(
             test = _images(parts[test_name], name, channels, train.class_names)
             if test.labels is not None:
                 return Splits(train, test, f"{note}; evaluation on split {test_name} ({len(test):,} images)")
-    test_rows = _hold_out(train.labels, held_out, seed)
+    splits = hold_out(train, seed, share=held_out)
+    return replace(splits, note=f"{note}; {splits.note}")
+
+
+def hold_out(images: Images, split_seed: int, *, share: float = HELD_OUT) -> Splits:
+    """Split labelled images: hold out that share of every class for evaluation, drawn by the seed."""
+    test_rows = _held_out_rows(np.zeros(0) if images.labels is None else images.labels, share, split_seed)
     if not len(test_rows):
-        return Splits(train, None, f"{note}; no class has two images: no evaluation")
-    kept = np.setdiff1d(np.arange(len(train)), test_rows)
-    note += f"; {len(test_rows):,} more, {held_out:.0%} of every class, held out for evaluation"
-    return Splits(train.subset(kept), train.subset(test_rows), note)
+        return Splits(images, None, "no class has two images: no evaluation")
+    kept = np.setdiff1d(np.arange(len(images)), test_rows)
+    note = f"{len(test_rows):,} more, {share:.0%} of every class, held out for evaluation"
+    return Splits(images.subset(kept), images.subset(test_rows), note)
 
 
 def train_split(parts: Collection[str], name: str, split: str | None) -> str:
@@ -156,7 +162,7 @@ def _images(part: _Part, name: str, channels: int, class_names: tuple[str, ...])
     return Images(name, channels, labels, class_names if labels is not None else (), part.source, np.arange(part.size))
 
 
-def _hold_out(labels: Array, share: float, seed: int) -> Array:
+def _held_out_rows(labels: Array, share: float, seed: int) -> Array:
     """Sorted indices of that share of every class, at least one where a class has more."""
     random = np.random.default_rng(seed % 2**64)
     chosen = [np.empty(0, dtype=np.int64)]

@@ -5,6 +5,7 @@ from .card import CARD_START as CARD_START
 from .card import merge_cards as merge_cards
 from .card import model_card as model_card
 from .check import check_encoder_folder as check_encoder_folder
+from .check import read_record as read_record
 from .convert import convert_checkpoint as convert_checkpoint
 from .convert import read_checkpoint as read_checkpoint
 from .create import create_encoder as create_encoder

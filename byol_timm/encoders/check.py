@@ -14,7 +14,7 @@ from torch import nn
 
 from ..errors import ByolTimmError, one_line
 
-CONFIG, WEIGHTS = "config.json", "model.safetensors"
+CONFIG, WEIGHTS, RECORD = "config.json", "model.safetensors", "byol.json"
 # Keys that make timm read weights from elsewhere, or in another file format.
 FOREIGN_SOURCES = ("file", "state_dict", "hf_hub_filename")
 # Arguments of timm's factory, not of a network.
@@ -50,6 +50,18 @@ def check_encoder_folder(folder: str | Path) -> dict[str, Any]:
     except (SafetensorError, OSError) as error:
         raise ByolTimmError(f"{folder / WEIGHTS} is damaged ({one_line(error)}). Fetch or save it again") from error
     return config
+
+
+def read_record(folder: str | Path) -> dict[str, Any]:
+    """Return how the encoder of a folder was trained, from its byol.json; empty if it has no such file."""
+    path = Path(folder) / RECORD
+    try:
+        record = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except ValueError as error:
+        raise ByolTimmError(f"{path} is not JSON ({one_line(error)}). Delete it, or save the encoder again") from error
+    if not isinstance(record, dict):
+        raise ByolTimmError(f"{path} is not a JSON object. Delete it, or save the encoder again")
+    return record
 
 
 def input_channels(config: dict[str, Any]) -> int:

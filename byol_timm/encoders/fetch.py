@@ -20,7 +20,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import validate_repo_id
 
 from ..errors import ByolTimmError, one_line
-from .check import CONFIG, WEIGHTS
+from .check import CONFIG, RECORD, WEIGHTS
 
 logger = logging.getLogger(__name__)
 
@@ -36,8 +36,8 @@ WITHOUT = {CONFIG: "is it a timm model?", WEIGHTS: "its weights are in another, 
 def fetch_encoder(name: str) -> Path:
     """Return the cached folder of `user/name` or `user/name@revision`, not checked yet.
 
-    Downloads two files, by name; without a network, warns and uses the cached copy. Raises `ByolTimmError` when there
-    is none, and for a repository that is missing, private, gated or not a timm model.
+    Downloads config, weights and byol.json, by name; without a network, warns and uses the cached copy. Raises
+    `ByolTimmError` when there is none, and for a repository that is missing, private, gated or not a timm model.
     """
     repo_id, _, revision = name.removeprefix("hf-hub:").partition("@")
     check_repo_name(repo_id)
@@ -49,7 +49,7 @@ def fetch_encoder(name: str) -> Path:
             snapshot_download(
                 repo_id,
                 revision=revision or None,
-                allow_patterns=[CONFIG, WEIGHTS],
+                allow_patterns=[CONFIG, WEIGHTS, RECORD],
                 local_files_only=unreachable is not None,
             )
         )

@@ -15,9 +15,9 @@ from torch import nn
 
 from ..errors import ByolTimmError, one_line, redact
 from .card import CARD_START, card_metadata, merge_cards, model_card, own_text
-from .check import CONFIG, WEIGHTS, build_on_meta, read_config, shapes
+from .check import CONFIG, RECORD, WEIGHTS, build_on_meta, read_config, read_record, shapes
 
-CARD, RECORD = "README.md", "byol.json"
+CARD = "README.md"
 PICTURES = ("curves.png", "embedding.png")
 PAPER = dict(
     paper_name="Bootstrap your own latent: A new approach to self-supervised Learning", paper_ids="arXiv:2006.07733"
@@ -147,9 +147,7 @@ def _card(
         return local  # written by the user as a whole
     base = local if remote is None or (local and own_text(local) and not own_text(remote)) else remote
     config = read_config(folder)
-    record = _json_of(folder / RECORD) if (folder / RECORD).is_file() else {}
-    if not isinstance(record, dict):
-        raise ByolTimmError(f"{folder / RECORD} is no JSON object. Remove it, or save the encoder again")
+    record = read_record(folder)
     stated = card_metadata(base)[0].get("license") if base is not None else None
     license = license or stated or config["pretrained_cfg"].get("license")
     ours = model_card(record, config=config, repo_id=repo_id, license=license, pictures=pictures)

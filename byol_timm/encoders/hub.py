@@ -23,9 +23,9 @@ from timm.models._pretrained import PretrainedCfg
 
 from ..errors import REDACTED, ByolTimmError, one_line, redact
 from .card import card_metadata
-from .check import CONFIG, WEIGHTS, check_encoder_folder, shapes
+from .check import CONFIG, RECORD, WEIGHTS, check_encoder_folder, shapes
 from .fetch import check_repo_name, fetch_encoder, why_unreachable
-from .folder import CARD, PICTURES, RECORD, _card, _json, _json_of, _text_of
+from .folder import CARD, PICTURES, _card, _json, _json_of, _text_of
 
 logger = logging.getLogger(__name__)
 

@@ -1,4 +1,4 @@
-"""What a representation is worth: features of any encoder, kNN, and classifiers, seeded and repeatable."""
+"""Linear classifiers on frozen encoders and fine-tuning, seeded and repeatable."""
 
 import copy
 import itertools
@@ -19,30 +19,32 @@ from ..encoders import encoder_width
 from ..errors import ByolTimmError
 from ..training import learning_rate
 from ..views import Augmentation, TwoViews
-from .features import Network, Preparation, _device, dataset_features, evaluating
-from .metrics import Array, Labels, _accuracy, _labelled, _labels_of, classification_metrics, label_subset
-from .neighbours import ABSENT
+from .features import Network, Preparation, dataset_features, device_of, evaluating
+from .metrics import Array, Labels, accuracy, classification_metrics, label_subset, labelled, labels_of
 
 Setting = Mapping[str, float]
+Batches = Iterator[tuple[Tensor, Tensor]]
 # scikit-learn's default of 100 is too few for weak penalties.
 LOGISTIC_STEPS = 1000
-
-
-# Linear classifiers and fine-tuning
+# The bias of a class that has no training image: low enough never to be chosen.
+ABSENT = -1e4
 
 
 @dataclass(frozen=True)
 class Protocol:
-    """How a classifier is trained; of several settings the best on held-out training images is trained on all of them.
+    """How a classifier is trained.
 
-    frozen: whether it is for frozen encoders (a linear probe) or for fine-tuning.
-    lrs, epochs: of SGD with Nesterov momentum 0.9 and no weight decay, its rate on a cosine from `lr` to 0.
-    l2: penalties of logistic regression by L-BFGS instead, `l2 / 2 |w|^2` beside the sum of the images' losses.
-    labels: share of every class's training labels that is used.
-    augmentation: of the training images, as for view 1; None: as in the test, so that features are extracted once.
-    min_steps: small data are passed more often than `epochs`, up to so many steps.
-    standardize: give the linear classifier features of mean 0 and standard deviation 1 over the training images.
-    held_out: share of every class to choose on.
+    If there are several settings, each is tried without the held-out training images. The one that is most accurate on
+    these is then trained on all training images.
+
+    frozen: True for a linear classifier on a frozen encoder, False for fine-tuning.
+    lrs, epochs: of SGD with Nesterov momentum 0.9 and no weight decay; the rate follows a cosine from `lr` to 0.
+    l2: penalties of logistic regression by L-BFGS, used instead of SGD: `l2 / 2 |w|^2` plus the sum of the losses.
+    labels: share of the labels of every class that is used for training.
+    augmentation: of the training images, as for view 1. None extracts features once, without augmentation.
+    min_steps: small data sets are repeated beyond `epochs`, up to this many steps.
+    standardize: scale features to mean 0 and standard deviation 1 over the training images.
+    held_out: share of every class that settings are chosen on.
     """
 
     frozen: bool
@@ -58,14 +60,14 @@ class Protocol:
 
     @property
     def settings(self) -> list[Setting]:
-        """What is chosen from."""
+        """Return the settings to choose from."""
         if self.l2:
             return [{"l2": l2} for l2 in self.l2]
         return [{"lr": lr, "epochs": epochs} for epochs in self.epochs for lr in self.lrs]
 
 
 CROP_AND_FLIP = Augmentation(jitter=0.0, grayscale=0.0, blur=(0.0, 0.0), solarize=(0.0, 0.0))
-AS_THEY_ARE = replace(CROP_AND_FLIP, crop_scale=(1.0, 1.0), crop_ratio=(1.0, 1.0), flip=0.0)
+NO_AUGMENTATION = replace(CROP_AND_FLIP, crop_scale=(1.0, 1.0), crop_ratio=(1.0, 1.0), flip=0.0)
 L2_VALUES = tuple(np.logspace(-6, 5, 45).tolist())
 _SEMI = Protocol(frozen=False, lrs=(0.005, 0.01, 0.02, 0.05, 0.1), epochs=(30, 50), augmentation=CROP_AND_FLIP)
 PROTOCOLS: dict[str, Protocol] = {
@@ -74,7 +76,7 @@ PROTOCOLS: dict[str, Protocol] = {
     "byol-semi-1": replace(_SEMI, labels=0.01),
     "byol-semi-10": replace(_SEMI, labels=0.1),
     "byol-transfer-linear": Protocol(frozen=True, l2=L2_VALUES),
-    # Minutes on a CPU, also where there are few labels.
+    # Minutes on a CPU, and suited to few labels.
     "quick-linear": Protocol(
         frozen=True, lrs=(0.01, 0.03, 0.1, 0.3, 1.0), epochs=(30,), batch_size=128, min_steps=300, standardize=True
     ),
@@ -90,9 +92,9 @@ PROTOCOLS: dict[str, Protocol] = {
 
 
 class TrainedClassifier(NamedTuple):
-    """An encoder with a linear classifier on top; how it was trained and does on the test images, ready for JSON.
+    """An encoder with a linear classifier on top, and its metrics and training settings as JSON values.
 
-    rows: of the images in their split whose labels it learned from.
+    rows: in their split, of the images whose labels were used for training.
     """
 
     classifier: nn.Sequential
@@ -110,43 +112,48 @@ def train_classifier(
     protocol: str | Protocol = "quick",
     seed: int = 0,
 ) -> TrainedClassifier:
-    """A classifier of the training images, and its `classification_metrics` on the test images.
+    """Train a classifier on the training images and return it with its `classification_metrics` on the test images.
 
-    frozen: train a linear classifier on the encoder in eval mode, its parameters and buffers untouched; else train it
-        together with a copy of the encoder.
+    frozen: train a linear classifier on the encoder in eval mode and leave its parameters and buffers unchanged.
+        Otherwise train it together with a copy of the encoder.
     protocol: a name of `PROTOCOLS`, or `quick` for the quick one that fits `frozen`.
-    seed: of the share of labels, what is held out, order, augmentation and everything random in the encoder.
+    seed: of the share of labels, the held-out images, their order, augmentation and random layers of the encoder.
     """
     name, protocol = _resolve(protocol, frozen)
-    labels, test_labels = _labels_of(train, "learn from"), _labels_of(test, "classify")
-    chosen = label_subset(labels, protocol.labels, seed)
+    labels, test_labels = labels_of(train, "learn from"), labels_of(test, "classify")
     num_classes = max(len(train.class_names), 1 + int(labels.max()))
-    device = _device(encoder)
-    if frozen:
-        features, chosen = dataset_features(encoder, train, preparation, indices=chosen)
-
-        def embedded(members: Array) -> Iterator[tuple[Tensor, Tensor]]:
-            with evaluating(encoder):
-                for images, targets in _augmented(train.subset(chosen[members]), preparation, protocol, device, seed):
-                    with torch.no_grad():
-                        embedding = encoder(images).float()
-                    yield embedding, targets
-
-        head, record = fit_linear(
-            features.to(device),
-            labels[chosen],
-            protocol=protocol,
-            num_classes=num_classes,
-            seed=seed,
-            batches=None if protocol.augmentation is None else embedded,
-        )
-        classifier = nn.Sequential(encoder, head.float())
-    else:
-        classifier, record = _finetune(encoder, train.subset(chosen), preparation, protocol, num_classes, seed)
+    train = train.subset(label_subset(labels, protocol.labels, seed))
+    fit = _fit_probe if frozen else _finetune
+    classifier, train, record = fit(encoder, train, preparation, protocol, num_classes, seed)
     scores, read = dataset_features(classifier, test, preparation, indices=np.flatnonzero(test_labels >= 0))
-    how = {"protocol": name, "frozen": frozen, "seed": seed, "train_images": len(chosen), **record}
-    metrics = {**how, **classification_metrics(scores, test_labels[read])}
-    return TrainedClassifier(classifier, metrics, train.rows[chosen])
+    settings = {"protocol": name, "frozen": frozen, "seed": seed, "train_images": len(train), **record}
+    return TrainedClassifier(classifier, {**settings, **classification_metrics(scores, test_labels[read])}, train.rows)
+
+
+def _fit_probe(
+    encoder: nn.Module, train: Images, preparation: Preparation, protocol: Protocol, num_classes: int, seed: int
+) -> tuple[nn.Sequential, Images, dict[str, Any]]:
+    """Return the classifier, the training images that are readable, and the record of `fit_linear`."""
+    device = device_of(encoder)
+    features, read = dataset_features(encoder, train, preparation)
+    train = train.subset(read)
+
+    def embedded(members: Array) -> Batches:
+        with evaluating(encoder):
+            for images, targets in augmented(train.subset(members), preparation, protocol, device, seed):
+                with torch.no_grad():
+                    embedding = encoder(images).float()
+                yield embedding, targets
+
+    head, record = fit_linear(
+        features.to(device),
+        labels_of(train, "learn from"),
+        protocol=protocol,
+        num_classes=num_classes,
+        seed=seed,
+        batches=None if protocol.augmentation is None else embedded,
+    )
+    return nn.Sequential(encoder, head.float()), train, record
 
 
 def fit_linear(
@@ -156,21 +163,21 @@ def fit_linear(
     protocol: str | Protocol = "quick",
     num_classes: int | None = None,
     seed: int = 0,
-    batches: Callable[[Array], Iterator[tuple[Tensor, Tensor]]] | None = None,
+    batches: Callable[[Array], Batches] | None = None,
 ) -> tuple[nn.Linear, dict[str, Any]]:
-    """A linear classifier of features [N, d], on their device, and the record of what was chosen.
+    """Return a linear classifier of features [N, d], on their device, and the setting that was chosen with all trials.
 
     Features with label -1 are left out. protocol: for frozen encoders; its share of labels is not applied here.
-    batches: endless (features, labels) to train on instead of `features`, given indices of these.
+    batches: given indices of the features, returns endless (features, labels) to train on instead.
     """
     _, protocol = _resolve(protocol, True)
     labels = torch.as_tensor(labels)
-    known = _labelled(labels, "learn from")
+    known = labelled(labels, "learn from")
     num_classes = int(labels.max()) + 1 if num_classes is None else num_classes
     shift, scale = torch.zeros_like(features[0]), torch.ones_like(features[0])
     if protocol.standardize:
         scale, shift = torch.std_mean(features[known], dim=0, correction=0)
-        # What hardly varies is not blown up.
+        # Do not amplify near-constant features.
         scale = scale.clamp(min=max(1e-4 * scale.max().item(), torch.finfo(scale.dtype).tiny))
     inputs = (features - shift) / scale
 
@@ -190,6 +197,7 @@ def fit_linear(
 
     head, record = _choose(protocol, labels.numpy(), fit, score, seed)
     with torch.no_grad():
+        _silence_absent(head, labels.numpy())
         head.weight.div_(scale)
         head.bias.sub_(head.weight @ shift.to(head.weight.dtype))
     return head, record
@@ -197,27 +205,29 @@ def fit_linear(
 
 def _finetune(
     encoder: nn.Module, train: Images, preparation: Preparation, protocol: Protocol, num_classes: int, seed: int
-) -> tuple[nn.Sequential, dict[str, Any]]:
-    device = _device(encoder)
-    generators = [device] if device.type == "cuda" else []
+) -> tuple[nn.Sequential, Images, dict[str, Any]]:
+    """Return the classifier with a trained copy of the encoder, the training images, and the record of `_choose`."""
+    device, labels = device_of(encoder), labels_of(train, "learn from")
 
     def fit(settings: Sequence[Setting], members: Array) -> list[nn.Sequential]:
         networks = []
         for _ in settings:
             head = zero_linear(encoder_width(encoder), num_classes).to(device)
             networks.append(nn.Sequential(copy.deepcopy(encoder), head).requires_grad_(True).train())
-        stream = _augmented(train.subset(members), preparation, protocol, device, seed)
-        with torch.random.fork_rng(generators), _deterministic_convolutions():
+        stream = augmented(train.subset(members), preparation, protocol, device, seed)
+        with torch.random.fork_rng([device] if device.type == "cuda" else []), _deterministic_convolutions():
             torch.manual_seed(seed)
             _descend(networks, settings, stream, len(members), protocol)
         return networks
 
     def score(network: nn.Sequential, members: Array) -> tuple[Tensor, Tensor]:
         scores, read = dataset_features(network, train, preparation, indices=members)
-        return scores, torch.as_tensor(train.labels)[read]
+        return scores, torch.as_tensor(labels)[read]
 
-    network, record = _choose(protocol, np.asarray(train.labels), fit, score, seed)
-    return network.eval(), record
+    network, record = _choose(protocol, labels, fit, score, seed)
+    head: Any = network[-1]
+    _silence_absent(head, labels)
+    return network.eval(), train, record
 
 
 def _choose(
@@ -227,11 +237,11 @@ def _choose(
     score: Callable[[Network, Array], tuple[Tensor, Tensor]],
     seed: int,
 ) -> tuple[Network, dict[str, Any]]:
-    """What the protocol's best setting makes of all labelled images, and the record of the choice.
+    """Return the network that the best setting trains on all labelled images, and a record of the choice.
 
-    fit: trains on the images of these indices, once per setting; score: logits of such images, and their labels.
-    The best has the highest accuracy on held-out images, of equals the lowest loss. Where no class has two images,
-    nothing can be held out, and the setting in the middle is taken.
+    fit: trains one network per setting on the images with these indices. score: returns their logits and labels.
+    The best setting has the highest accuracy on held-out images; of equals, the lowest loss. If every class has a
+    single image, nothing can be held out and the middle setting is taken.
     """
     everyone = label_subset(labels, 1.0, seed)
     present = np.bincount(labels[everyone])
@@ -248,26 +258,25 @@ def _choose(
         for setting, network in zip(settings, fit(settings, np.setdiff1d(everyone, held_out)), strict=True):
             with torch.no_grad():
                 logits, targets = score(network, held_out)
-            accuracy, loss = _accuracy(logits, targets), F.cross_entropy(logits, targets).item()
-            ranks.append((accuracy, -loss) if math.isfinite(loss) else (-1.0, 0.0))
-            trials.append({**setting, "accuracy": accuracy, "loss": loss if math.isfinite(loss) else None})
+            top1, loss = accuracy(logits, targets), F.cross_entropy(logits, targets).item()
+            ranks.append((top1, -loss) if math.isfinite(loss) else (-1.0, 0.0))
+            trials.append({**setting, "accuracy": top1, "loss": loss if math.isfinite(loss) else None})
         best = ranks.index(max(ranks))
     [network] = fit(settings[best : best + 1], everyone)
-    head: Any = network[-1] if isinstance(network, nn.Sequential) else network
-    with torch.no_grad():
-        absent = torch.as_tensor(np.bincount(labels[everyone], minlength=len(head.bias)) == 0)
-        head.weight[absent], head.bias[absent] = 0.0, ABSENT
     return network, {"chosen": settings[best], "trials": trials}
 
 
+@torch.no_grad()
+def _silence_absent(head: nn.Linear, labels: Array) -> None:
+    """Make the classifier never choose a class without training images."""
+    absent = torch.as_tensor(np.bincount(labels[labels >= 0], minlength=head.out_features) == 0)
+    head.weight[absent], head.bias[absent] = 0.0, ABSENT
+
+
 def _descend(
-    networks: Sequence[nn.Module],
-    settings: Sequence[Setting],
-    batches: Iterator[tuple[Tensor, Tensor]],
-    images: int,
-    protocol: Protocol,
+    networks: Sequence[nn.Module], settings: Sequence[Setting], batches: Batches, images: int, protocol: Protocol
 ) -> None:
-    """Train the networks side by side on the same batches, one setting each."""
+    """Train the networks by SGD on the same batches, each with its own setting."""
     steps_per_epoch = images // min(protocol.batch_size, images)
     totals = [max(round(setting["epochs"] * steps_per_epoch), protocol.min_steps) for setting in settings]
     optimizers = [torch.optim.SGD(network.parameters(), lr=0.0, momentum=0.9, nesterov=True) for network in networks]
@@ -282,8 +291,8 @@ def _descend(
                     optimizer.step()
 
 
-def _shuffled(inputs: Tensor, labels: Tensor, batch_size: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Endless batches, in another order every epoch, what does not fill a batch left out."""
+def _shuffled(inputs: Tensor, labels: Tensor, batch_size: int, seed: int) -> Batches:
+    """Yield endless full batches, in a new order every epoch."""
     batch_size = min(batch_size, len(inputs))
     for epoch in itertools.count():
         for members in epoch_order(seed, epoch, len(inputs)).to(inputs.device).split(batch_size):
@@ -291,12 +300,10 @@ def _shuffled(inputs: Tensor, labels: Tensor, batch_size: int, seed: int) -> Ite
                 yield inputs[members], labels[members]
 
 
-def _augmented(
-    images: Images, preparation: Preparation, protocol: Protocol, device: torch.device, seed: int
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Endless batches of augmented, normalised images and their labels, on the device."""
+def augmented(images: Images, preparation: Preparation, protocol: Protocol, device: torch.device, seed: int) -> Batches:
+    """Yield endless batches of augmented, normalized images and their labels, on the device."""
     views = TwoViews(
-        protocol.augmentation or AS_THEY_ARE,
+        protocol.augmentation or NO_AUGMENTATION,
         preparation.transform.size,
         seed=seed,
         mean=preparation.mean,
@@ -321,18 +328,19 @@ def _augmented(
                 view, _ = views.finish(batch.crops.to(device), batch.ordinals)
             else:
                 view, _ = views(batch.images.to(device), batch.ordinals)  # type: ignore[union-attr]
-            # Another image takes the place of one that cannot be read.
+            # Unreadable images are replaced by others: ignore their labels.
             labels[list(batches.bad)] = -1
             yield view.contiguous(memory_format=preparation.layout), labels[batch.ordinals % len(images)].to(device)
 
 
 def _logistic(features: Tensor, labels: Tensor, l2: float, num_classes: int) -> nn.Linear:
+    """Fit logistic regression in float64 and return it as a linear layer."""
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
 
     model = LogisticRegression(C=1 / l2, max_iter=LOGISTIC_STEPS)
     with warnings.catch_warnings():
-        # The weakest penalties need not converge: what they give is judged like the rest.
+        # The weakest penalties may not converge: their result is judged like the others.
         warnings.simplefilter("ignore", ConvergenceWarning)
         model.fit(features.cpu().double().numpy(), labels.numpy())
     weight, bias = torch.as_tensor(model.coef_), torch.as_tensor(model.intercept_)
@@ -345,7 +353,7 @@ def _logistic(features: Tensor, labels: Tensor, l2: float, num_classes: int) -> 
 
 
 def zero_linear(width: int, num_classes: int) -> nn.Linear:
-    """A linear layer of zeros; nothing is drawn."""
+    """Return a linear layer of zeros, without drawing random numbers."""
     layer = nn.utils.skip_init(nn.Linear, width, num_classes)
     nn.init.zeros_(layer.weight)
     nn.init.zeros_(layer.bias)
@@ -353,7 +361,7 @@ def zero_linear(width: int, num_classes: int) -> nn.Linear:
 
 
 def _resolve(protocol: str | Protocol, frozen: bool) -> tuple[str, Protocol]:
-    """Name and values of a protocol that fits."""
+    """Return name and values of a protocol, which must fit `frozen`."""
     if isinstance(protocol, Protocol):
         name = "custom"
     else:

@@ -1,4 +1,4 @@
-"""Classification metrics and labelled subsets."""
+"""Classification metrics, and class-balanced subsets of labelled images."""
 
 import math
 import statistics
@@ -17,16 +17,13 @@ Array = NDArray[Any]
 Labels = Tensor | NDArray[np.int64]
 
 
-# Labels and figures
-
-
 def label_subset(labels: Labels, fraction: float, seed: int) -> Array:
-    """Sorted indices of that share (0 to 1) of every class's images, at least one; unlabelled ones (-1) are left out.
+    """Return the sorted indices of that fraction (0 to 1) of every class, at least one image each.
 
-    A smaller share of the same seed is part of a larger one.
+    Images with label -1 are left out. With the same seed, a smaller subset is part of a larger one.
     """
     if not 0 < fraction <= 1:
-        raise ByolTimmError(f"a share of labels lies above 0 and is at most 1 ({fraction})")
+        raise ByolTimmError(f"the share of labels must be above 0 and at most 1 ({fraction})")
     labels = np.asarray(labels)
     chosen = [np.empty(0, dtype=np.int64)]
     for label in np.unique(labels[labels >= 0]):
@@ -37,15 +34,15 @@ def label_subset(labels: Labels, fraction: float, seed: int) -> Array:
 
 
 def classification_metrics(scores: Tensor, labels: Labels) -> dict[str, Any]:
-    """What the scores [N, classes] of a classifier are worth, as numbers for JSON; images with label -1 do not count.
+    """Return the metrics of a classifier's scores [N, classes] as numbers for JSON. Images with label -1 are left out.
 
-    `images`; `top1` with its 95 % interval `top1_interval` (Wilson); `top5`, None for less than 6 classes; `per_class`
-    accuracies, None for a class without images, and their mean `mean_per_class`; `confusion` counts, a row per true
-    class. Of equal scores the first class counts as higher. A class with score -inf is never right, nor is one that
-    the classifier does not have.
+    `images`; `top1` and its 95 % interval `top1_interval`; `top5`, None with fewer than 6 classes; `per_class`
+    accuracies, None for a class without images, and their mean `mean_per_class`; `confusion` counts, one row per true
+    class. Of equal scores, the first class ranks higher. A class with score -inf is never correct, and neither is a
+    label that the classifier has no class for.
     """
     labels = torch.as_tensor(labels).cpu()
-    known = _labelled(labels, "classify")
+    known = labelled(labels, "classify")
     scores, labels = scores.detach().cpu()[known], labels[known]
     if scores.isnan().any():
         raise ByolTimmError("the classifier's outputs are not numbers: training diverged. Lower its learning rate")
@@ -70,25 +67,28 @@ def classification_metrics(scores: Tensor, labels: Labels) -> dict[str, Any]:
 
 
 def confidence_interval(correct: int, total: int) -> tuple[float, float]:
-    """Wilson's 95 % interval for the share of which `correct` of `total` is a sample."""
-    z = statistics.NormalDist().inv_cdf(0.975)
-    share, weight = correct / total, z**2 / total
-    center, half = share + weight / 2, z * math.sqrt(share * (1 - share) / total + weight / (4 * total))
-    return (center - half) / (1 + weight), (center + half) / (1 + weight)
+    """Return Wilson's 95 % interval of an accuracy of `correct` out of `total` images."""
+    from scipy.stats import binomtest
+
+    interval = binomtest(correct, total).proportion_ci(method="wilson")
+    return float(interval.low), float(interval.high)
 
 
-def _accuracy(scores: Tensor, labels: Tensor) -> float:
+def accuracy(scores: Tensor, labels: Tensor) -> float:
+    """Return the share of the images whose highest score is that of their label."""
     return (scores.argmax(1) == labels).double().mean().item()
 
 
-def _labels_of(images: Images, purpose: str) -> Array:
+def labels_of(images: Images, purpose: str) -> Array:
+    """Return the labels of images, at least one of which must have a label."""
     if images.labels is None:
         raise ByolTimmError(f"the images of {images.name} to {purpose} have no labels. Evaluation needs them")
-    _labelled(torch.as_tensor(images.labels), purpose)
+    labelled(torch.as_tensor(images.labels), purpose)
     return images.labels
 
 
-def _labelled(labels: Tensor, purpose: str) -> Tensor:
+def labelled(labels: Tensor, purpose: str) -> Tensor:
+    """Return which images have a label, as a mask. At least one must have one."""
     known = labels >= 0
     if not known.any():
         raise ByolTimmError(f"none of the {len(labels)} images to {purpose} has a label. Evaluation needs labels")

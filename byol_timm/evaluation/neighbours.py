@@ -1,18 +1,13 @@
-"""k nearest neighbours."""
+"""Classification by the k nearest neighbours."""
 
 import torch
 from torch import Tensor
 
 from ..byol import normalize
-from .metrics import Labels, _accuracy, _labelled
+from .metrics import Labels, accuracy, labelled
 
-# Similarities held at a time.
+# Similarities that are in memory at a time.
 KNN_VALUES = 2**24
-# The bias of a class that has no training image: low enough never to be chosen.
-ABSENT = -1e4
-
-
-# Nearest neighbours
 
 
 def knn(
@@ -25,14 +20,11 @@ def knn(
     temperature: float = 0.07,
     center: bool = True,
 ) -> float:
-    """Share of the queries, 0 to 1, that their nearest neighbours in the bank classify right; see `knn_scores`.
-
-    Queries with label -1 do not count.
-    """
+    """Return the kNN accuracy of the queries, 0 to 1; see `knn_scores`. Queries with label -1 are left out."""
     labels = torch.as_tensor(query_labels)
-    known = _labelled(labels, "classify")
+    known = labelled(labels, "classify")
     scores = knn_scores(bank, bank_labels, queries[known], k=k, temperature=temperature, center=center)
-    return _accuracy(scores, labels[known])
+    return accuracy(scores, labels[known])
 
 
 @torch.no_grad()
@@ -46,13 +38,14 @@ def knn_scores(
     center: bool = True,
     num_classes: int | None = None,
 ) -> Tensor:
-    """Each class's share of the votes as a logarithm, float64 [Q, num_classes]: -inf for a class without votes.
+    """Return the logarithm of each class's share of the votes, float64 [Q, num_classes]: -inf without votes.
 
-    The k nearest labelled images of the bank vote with weight exp(cosine / temperature) (Wu et al. 2018, section 3.4);
-    a smaller bank votes as a whole. bank_labels: int64 [N], -1 for none. See `nearest_neighbours` for the rest.
+    The k nearest labelled images of the bank vote with weight exp(cosine / temperature) (Wu et al. 2018, section 3.4).
+    All images of a bank smaller than k vote. bank_labels: int64 [N], -1 for unlabelled. See `nearest_neighbours` for
+    the rest.
     """
     bank_labels = torch.as_tensor(bank_labels)
-    known = _labelled(bank_labels, "learn from")
+    known = labelled(bank_labels, "learn from")
     labels = bank_labels[known]
     num_classes = int(labels.max()) + 1 if num_classes is None else num_classes
     similarity, neighbours = nearest_neighbours(bank[known], queries, k=k, center=center)
@@ -64,31 +57,26 @@ def knn_scores(
 
 @torch.no_grad()
 def nearest_neighbours(bank: Tensor, queries: Tensor, *, k: int, center: bool = True) -> tuple[Tensor, Tensor]:
-    """The cosines of the k most similar features of the bank, [Q, k], the highest first, and their places in the bank.
+    """Return the k highest cosines with features of the bank, [Q, k] in falling order, and their indices in the bank.
 
-    bank [N, d] and queries [Q, d] are on one device, the results on the CPU. Of equally similar features those come
-    first that do in the bank; features that are not finite count as zeros, and k larger than N as N.
-    center: subtract the bank's mean from both, so that the cosines are of what differs between images.
+    bank [N, d] and queries [Q, d] are on one device, the results on the CPU. Of equally similar features, the first in
+    the bank count. Features that are not finite count as zeros; k is cut to N.
+    center: subtract the mean of the bank from both, so that the cosines measure what differs between images.
     """
     bank, queries = (features.float().nan_to_num(0, 0, 0) for features in (bank, queries))
     mean = bank.mean(0) if center else 0.0
     bank, queries = normalize(bank - mean), normalize(queries - mean)
-    found = []
+    k = min(k, len(bank))
+    cosines, indices = [], []
     for part in queries.split(max(1, KNN_VALUES // len(bank))):
         similarity = part @ bank.T
-        highest, columns = similarity.topk(min(k, len(bank)))
-        tied = (similarity >= highest[:, -1:]).sum(1) > columns.shape[1]
-        if tied.any():
-            columns[tied] = _first_of_highest(similarity[tied], highest[tied, -1:], columns.shape[1])
+        highest, columns = similarity.topk(k)
+        # topk may take any of the features that are equally similar.
+        tied = (similarity >= highest[:, -1:]).sum(1) > k
+        columns[tied] = similarity[tied].argsort(dim=1, descending=True, stable=True)[:, :k]
         columns = columns.sort(1).values
         highest = similarity.gather(1, columns)
         order = highest.argsort(dim=1, descending=True, stable=True)
-        found.append((highest.gather(1, order).cpu(), columns.gather(1, order).cpu()))
-    return torch.cat([f[0] for f in found]), torch.cat([f[1] for f in found])
-
-
-def _first_of_highest(values: Tensor, lowest: Tensor, k: int) -> Tensor:
-    """Columns [rows, k] of the values above `lowest` [rows, 1], filled up with the first ones that are equal to it."""
-    above, equal = values > lowest, values == lowest
-    room = k - above.sum(1, keepdim=True)
-    return (above | (equal & (equal.cumsum(1) <= room))).nonzero()[:, 1].view(-1, k)
+        cosines.append(highest.gather(1, order).cpu())
+        indices.append(columns.gather(1, order).cpu())
+    return torch.cat(cosines), torch.cat(indices)

@@ -17,7 +17,7 @@ from ..config import ORDERS, PretrainConfig
 from ..data import BadImage, Batch, Images, Splits, Stream, StreamSplits
 from ..encoders import create_encoder, has_batch_norm, normalization, save_encoder
 from ..errors import ByolTimmError, redact
-from ..evaluation import NEIGHBOURS, Examples, LinearProbe
+from ..evaluation import NEIGHBOURS, Examples, LinearProbe, Preparation
 from ..files import write_json
 from ..report import save_curves, save_report, save_views
 from ..training import (
@@ -58,10 +58,16 @@ def redraw(folder: str | Path, *, method: Literal["pca", "tsne"] = "tsne") -> No
     layout = torch.channels_last if settings.channels_last else torch.contiguous_format
     encoder = create_encoder(f"local-dir:{folder}/encoder").to(memory_format=layout)
     mean, std = normalization(encoder, settings.in_chans)
-    shape = dict(mean=mean, std=std, channels_last=settings.channels_last)
     splits = _open_stream(settings) if settings.streaming else open_images(settings)
-    examples = Examples.of(settings, splits.bank, splits.test, **shape)
+    preparation = evaluation_preparation(settings, mean, std)
+    examples = Examples.load(splits.bank, splits.test, preparation, seed=settings.split_seed)
     examples.save_pictures(encoder, folder, method=method)
+
+
+def evaluation_preparation(settings: Any, mean: Sequence[float], std: Sequence[float]) -> Preparation:
+    """Return how images are prepared for evaluation during the run."""
+    layout = dict(channels_last=settings.channels_last, workers=settings.workers)
+    return Preparation.square(settings.image_size, mean, std, **layout)
 
 
 def _training_state(config: PretrainConfig) -> Checkpoint | None:
@@ -218,8 +224,8 @@ def _finish(
         linear = [row["linear"] for row in rows if "linear" in row]
         if linear:
             record["results"]["linear_byol"] = 100 * linear[-1]
-    shape = dict(mean=mean, std=std, channels_last=config.channels_last)
-    examples = held_out or Examples.of(config, splits.bank, splits.test, **shape)
+    preparation = evaluation_preparation(config, mean, std)
+    examples = held_out or Examples.load(splits.bank, splits.test, preparation, seed=config.split_seed)
     examples.save_pictures(encoder, folder)
     save_curves(rows, folder / "curves.png", baselines=baselines)
     save_encoder(

@@ -49,7 +49,17 @@ from ..training import (
 )
 from ..views import TwoViews
 from .dry_run import _rehearse, _rehearsed_views
-from .journal import BAD_IMAGES, HEADS, _finish, _not_finite, _resume, _save_example_views, _start_from, _training_state
+from .journal import (
+    BAD_IMAGES,
+    HEADS,
+    _finish,
+    _not_finite,
+    _resume,
+    _save_example_views,
+    _start_from,
+    _training_state,
+    evaluation_preparation,
+)
 from .plan import (
     MANY_TINY,
     _backbone_kwargs,
@@ -208,8 +218,9 @@ def pretrain(config: PretrainConfig) -> nn.Module:
                 )
             )
             evaluated = {row["step"] for row in read_metrics(folder / "metrics.jsonl") if "knn" in row}
-            shape = dict(mean=mean, std=std, channels_last=settings.channels_last)
-            held_out = Examples.held_out(settings, splits.bank, splits.test, **shape) if splits.test else None
+            preparation = evaluation_preparation(settings, mean, std)
+            seed = settings.split_seed
+            held_out = Examples.load(splits.bank, splits.test, preparation, seed=seed) if splits.test else None
 
         def bad_images() -> list[str]:
             """Why images could not be read, one reason an image, of all processes and from before a resumption."""

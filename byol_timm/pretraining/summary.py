@@ -169,10 +169,7 @@ def _next(config: Any, folder: Path, labelled: bool) -> list[list[str]]:
                 ["python", f"{recipes}/push_encoder.py", str(folder), "user/name"],
             ]
     settings = ", ".join(f"{name}={_quoted(value)}" for name, value in {"encoder": encoder, **data}.items())
-    probe = (
-        "from byol_timm.config import EvaluationConfig; from byol_timm.evaluation import evaluate_classifier; "
-        f"evaluate_classifier(EvaluationConfig({settings}), frozen=True)"
-    )
+    probe = f"import byol_timm; print(byol_timm.evaluate({settings}, method={_quoted('linear')})[{_quoted('top1')}])"
     push = f'import byol_timm; byol_timm.push_encoder({_quoted(str(folder))}, "user/name")'
     return [
         ["accelerate", "launch", "-m", "byol_timm", *own],

@@ -14,27 +14,27 @@ from sklearn.linear_model import LogisticRegression
 
 from byol_timm.config import EvaluationConfig
 from byol_timm.data import open_dataset
-from byol_timm.encoders import create_encoder
+from byol_timm.encoders import create_encoder, save_encoder
 from byol_timm.errors import ByolTimmError
 from byol_timm.evaluation import (
-    CROP_AND_FLIP,
     PROTOCOLS,
     Preparation,
     Protocol,
     classification_metrics,
-    classifier,
-    confidence_interval,
     dataset_features,
+    evaluate,
     extract_features,
     fit_linear,
     knn,
-    knn_scores,
     label_subset,
-    nearest_neighbours,
+    metrics_lines,
     neighbours,
     open_evaluation,
     train_classifier,
 )
+from byol_timm.evaluation.classifier import CROP_AND_FLIP, augmented
+from byol_timm.evaluation.metrics import confidence_interval
+from byol_timm.evaluation.neighbours import knn_scores, nearest_neighbours
 from byol_timm.views import EvaluationTransform
 
 MEAN, STD = (0.2,), (0.3,)
@@ -285,7 +285,7 @@ def test_a_share_holds_every_class_and_no_unlabelled_image():
 
 @pytest.mark.parametrize("fraction", [0.0, -1.0, 1.5, math.nan])
 def test_a_share_of_labels_lies_above_0_and_up_to_1(fraction):
-    with pytest.raises(ByolTimmError, match="share of labels"):
+    with pytest.raises(ByolTimmError, match="the share of labels must be above 0"):
         label_subset(LABELS, fraction, seed=0)
 
 
@@ -532,7 +532,7 @@ def test_what_stands_in_for_a_broken_image_teaches_no_label(folder):
     images = open_dataset(str(folder), in_chans=1).train
     broken = next(index for index in range(len(images)) if images.describe(index).endswith("dog/7.png"))
     protocol = replace(SHORT, batch_size=len(images))
-    _, labels = next(classifier._augmented(images, PREPARATION, protocol, torch.device("cpu"), 0))
+    _, labels = next(augmented(images, PREPARATION, protocol, torch.device("cpu"), 0))
     assert (labels == -1).sum() == 1
     assert labels.clamp(min=0).sum() == images.labels.sum() - images.labels[broken]
 
@@ -563,3 +563,70 @@ def test_images_that_nothing_can_be_learned_from_are_an_error_in_one_line(encode
         train(train=dataclasses.replace(splits.train, labels=np.full(120, -1)))
     with pytest.raises(ByolTimmError, match=r"are of one class \(2\)"):
         train(train=splits.train.subset(np.flatnonzero(splits.train.labels == 2)))
+
+
+# From names to metrics
+
+
+def saved_encoder(folder, **config):
+    """Save an untrained encoder with a record of how its images were split."""
+    record = {"config": {"dataset": "digits", **config}} if config else None
+    encoder = create_encoder("test_resnet", image_size=32, in_chans=1, output_stride=8)
+    save_encoder(encoder, folder, image_size=32, mean=MEAN, std=STD, record=record)
+    return f"local-dir:{folder}"
+
+
+@pytest.mark.parametrize(
+    ("recorded", "used"),
+    [(dict(seed=0, split_seed=0), 0), (dict(seed=3, split_seed=5), 5), (dict(seed=3), 3), ({}, 0)],
+    ids=["default", "split_seed", "from-before-split_seed", "unknown"],
+)
+def test_no_test_image_was_trained_on_whatever_the_seed(recorded, used, tmp_path):
+    encoder = saved_encoder(tmp_path / "encoder", **recorded)
+    trained_on = open_dataset("digits", in_chans=1, split_seed=used).train.rows
+    for seed in (0, 1):
+        _, splits, _ = open_evaluation(EvaluationConfig(encoder, seed=seed))
+        assert np.intersect1d(splits.test.rows, trained_on).size == 0
+
+
+def test_another_split_than_that_of_the_training_is_a_warning(tmp_path, caplog):
+    encoder = saved_encoder(tmp_path / "encoder", split_seed=5)
+    for split_seed in (None, 5):
+        open_evaluation(EvaluationConfig(encoder, split_seed=split_seed))
+    assert caplog.messages == []
+    _, splits, _ = open_evaluation(EvaluationConfig(encoder, split_seed=1))
+    assert np.array_equal(splits.test.rows, open_dataset("digits", split_seed=1).test.rows)
+    [message] = caplog.messages
+    assert "was trained with split_seed 5" in message and "\n" not in message
+
+
+def test_an_encoder_is_evaluated_the_same_by_name_and_as_a_module(tmp_path, splits):
+    name = saved_encoder(tmp_path / "encoder")
+    by_name = evaluate(name, "digits", "knn", k=5, raw_pixels=True, workers=0, output=str(tmp_path / "knn"))
+    assert json.loads((tmp_path / "knn" / "results.json").read_text())["confusion"] == by_name["confusion"]
+    encoder = create_encoder(name).train()
+    for dataset in ("digits", open_dataset("digits", in_chans=1)):
+        by_module = evaluate(encoder, dataset, k=5, workers=0)
+        assert by_module["top1"] == by_name["top1"] and by_module["confusion"] == by_name["confusion"]
+    assert encoder.training and by_name["raw_pixels_top1"] > 0.95
+    assert metrics_lines(by_name)[0].startswith(f"5-NN accuracy of {name} on digits, 1,438 images")
+    assert metrics_lines(by_name)[-1].startswith("  raw pixels 9")
+    part = splits.train.subset(range(60))
+    linear = evaluate(encoder, part, "linear", workers=0)
+    assert linear["frozen"] and linear["train_images"] + linear["images"] == 60
+    assert metrics_lines(linear)[0] == "linear probe (quick-linear) of ResNet on digits"
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "message"),
+    [
+        ("svm", {}, "method must be knn, linear or finetune"),
+        ("linear", {"k": 3}, "linear has no option 'k'"),
+        ("knn", {"temprature": 1.0}, "knn has no option 'temprature'. Did you mean temperature?"),
+        ("knn", {"image_size": 64}, r"image_size \(64\) needs encoder and dataset given by name"),
+        ("knn", {"k": 0}, r"--k must be positive \(0\)"),
+    ],
+)
+def test_what_an_evaluation_cannot_do_is_an_error_before_the_work(encoder, method, options, message):
+    with pytest.raises(ByolTimmError, match=message):
+        evaluate(encoder, "no_such_folder/at_all/", method, **options)

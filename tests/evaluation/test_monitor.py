@@ -4,14 +4,12 @@ import pytest
 import torch
 from sklearn.datasets import load_digits
 
-from byol_timm.config import PretrainConfig
 from byol_timm.data import open_dataset
 from byol_timm.encoders import create_encoder
-from byol_timm.evaluation import Examples, LinearProbe
+from byol_timm.evaluation import Examples, LinearProbe, Preparation
 
 FEATURES = torch.tensor(load_digits().data, dtype=torch.float32) / 16
-SETTINGS = dict(mean=(0.5,), std=(0.5,))
-CONFIG = PretrainConfig(image_size=32, in_chans=1)
+PREPARATION = Preparation.square(32, (0.5,), (0.5,), workers=0)
 CPU = torch.device("cpu")
 
 
@@ -72,7 +70,7 @@ def test_a_restored_probe_goes_on_to_the_same_bits(splits):
 @pytest.mark.parametrize("count", [2, 3, 40])
 def test_pictures_of_images_without_labels(splits, count, tmp_path):
     images = replace(splits.train.subset(range(count)), labels=None, class_names=())
-    examples = Examples.of_training(replace(CONFIG, workers=0), images, **SETTINGS)
+    examples = Examples.load(images, None, PREPARATION, seed=0)
     assert len(examples.bank) + len(examples.queries) == count
     assert len(examples.queries) >= 1
     assert (examples.bank_labels == -1).all() and (examples.query_labels == -1).all()

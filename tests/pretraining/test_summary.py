@@ -40,7 +40,7 @@ def following(said):
 
 def takes(recipe, arguments):
     scope = runpy.run_path(str(recipe), run_name="recipe")
-    own = [c for c in scope.values() if dataclasses.is_dataclass(c) and c.__module__ == "recipe"]
+    own = [value for value in scope.values() if dataclasses.is_dataclass(value)]
     return parse(own[-1] if own else PretrainConfig, arguments)
 
 
@@ -104,7 +104,7 @@ def test_where_only_the_package_is_installed_the_commands_work_too(tmp_path):
     launched = launch_command_parser().parse_args(pretrain[2:])
     assert launched.module and launched.training_script == "byol_timm"
     parse(PretrainConfig, launched.training_script_args)
-    assert "top-1" in typed(tmp_path, sys.executable, *probe[1:], **site)
+    assert 0 <= float(typed(tmp_path, sys.executable, *probe[1:], **site)) <= 1
     [call] = [node for node in ast.walk(ast.parse(push[2])) if isinstance(node, ast.Call)]
     arguments = [ast.literal_eval(argument) for argument in call.args]
     inspect.signature(byol_timm.push_encoder).bind(*arguments)
