@@ -1,4 +1,4 @@
-"""Asks to stop a run early: signals, the launcher's death, a deadline."""
+"""Requests to stop a run early: signals, the launcher's death, a deadline."""
 
 import os
 import signal
@@ -9,7 +9,7 @@ from typing import Any
 
 from ..errors import ByolTimmError
 
-# A launcher passes on the Ctrl-C that the terminal has sent to its processes already; that is not a second one.
+# A launcher forwards the Ctrl-C that the terminal has sent to its processes already. That is not a second one.
 _ONE_PRESS_SECONDS = 2.0
 _REASONS = {
     signal.SIGINT: "interrupted",
@@ -30,14 +30,16 @@ class Interrupted(ByolTimmError):
 
 
 class Interruption:
-    """Context manager that turns SIGINT and SIGTERM into a question which the loop asks at every step.
+    """Record SIGINT and SIGTERM as a context manager; the training loop reads `requested` at every step.
 
-    max_minutes: from now until `requested` says so. A second Ctrl-C ends the process at once.
+    max_minutes: from now until the deadline. A second Ctrl-C ends the process at once.
     """
 
     def __init__(self, *, max_minutes: float | None = None) -> None:
         self._deadline = None if max_minutes is None else time.monotonic() + 60 * max_minutes
-        self._parent = os.getppid() if _was_launched() else None
+        # Set by accelerate launch and torchrun, and by nobody by hand.
+        launched = "ACCELERATE_DYNAMO_MODE" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ
+        self._parent = os.getppid() if launched else None
         self._signal: int | None = None
         self._signal_time = 0.0
         self._before: dict[int, Any] = {}
@@ -71,8 +73,3 @@ class Interruption:
             self._signal, self._signal_time = number, now
         elif number == signal.SIGINT and (self._parent is None or now - self._signal_time > _ONE_PRESS_SECONDS):
             os._exit(128 + number)
-
-
-def _was_launched() -> bool:
-    """Whether `accelerate launch` or torchrun started this process: both leave variables nobody sets by hand."""
-    return "ACCELERATE_DYNAMO_MODE" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ

@@ -1,10 +1,9 @@
-"""What a run says while it trains: figures of health without labels, metrics.jsonl, progress, the collapse alarm."""
+"""Metrics of a run: metrics.jsonl, progress on the screen, trackers."""
 
 import contextlib
 import json
 import logging
 import math
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -14,10 +13,11 @@ from typing import Any, TextIO
 from tqdm import tqdm
 
 from ..errors import ByolTimmError
+from ..files import write_whole
 
 logger = logging.getLogger(__name__)
 
-# Name in a row, name on the line, format.
+# Name in a row, name on the screen, format.
 _SHOWN = (
     ("epoch", "epoch", "{:.2f}"),
     ("loss", "loss", "{:.4f}"),
@@ -32,13 +32,11 @@ _SHOWN = (
 
 
 class MetricsLog:
-    """Writes each row of figures to `folder/metrics.jsonl` and shows progress: a bar on a terminal, lines elsewhere.
+    """Write rows of metrics to `folder/metrics.jsonl` and show progress: a bar on a terminal, otherwise lines.
 
-    images_per_step: images of one optimizer step over all processes, for images/s.
-    resume_step: rows after this step are of work that was lost, and are dropped; 0 starts a new file.
-    seconds: that the run has taken up to that step.
-    tracker: called with each row's figures and step besides.
-    stream: where progress goes; stdout when None.
+    images_per_step: images of an optimizer step over all processes. resume_step: later rows are of lost work and are
+    dropped; 0 starts a new file. seconds: the run's time up to that step. tracker: called with the metrics and the step
+    of each row. stream: where progress goes (default: stdout).
     """
 
     def __init__(
@@ -52,51 +50,50 @@ class MetricsLog:
         tracker: Callable[[dict[str, float], int], None] | None = None,
         stream: TextIO | None = None,
     ) -> None:
-        path = folder / "metrics.jsonl"
-        rows = [row for row in read_metrics(path) if row["step"] <= resume_step] if resume_step else []
+        self._path = folder / "metrics.jsonl"
+        rows = [row for row in read_metrics(self._path) if row["step"] <= resume_step] if resume_step else []
         if resume_step and not rows:
-            logger.warning(f"{path} has no figures of steps 1 to {resume_step}: curves and results go without")
-        temporary = path.with_name(".tmp-metrics.jsonl")
-        temporary.write_text("".join(_line(row) for row in rows), encoding="utf-8")
-        os.replace(temporary, path)
-        self._path = path
-        self._file = open(path, "ab", buffering=0)
+            logger.warning(f"{self._path} has no metrics of steps 1 to {resume_step}; curves and results omit them")
+        write_whole(self._path, "".join(map(_line, rows)).encode())
+        self._file = open(self._path, "ab", buffering=0)
         self._tracker = tracker
-        self._total_steps = total_steps
-        self._images_per_step = images_per_step
+        self._total_steps, self._images_per_step = total_steps, images_per_step
         self._stream = sys.stdout if stream is None else stream
-        self._seconds_before = seconds
-        self._start = time.monotonic()
-        self._aside = 0.0
-        self._first_time = self._last_time = self._trained()
+        self._bar = tqdm(
+            total=total_steps,
+            initial=resume_step,
+            file=self._stream,
+            unit="step",
+            dynamic_ncols=True,
+            disable=not self._stream.isatty(),
+        )
+        self._seconds_before, self._start = seconds, time.monotonic()
+        self._paused = 0.0
+        self._first_time = self._last_time = self._training_clock()
         self._start_step = self._last_step = resume_step
-        self._bar = None
-        if self._stream.isatty():
-            self._bar = tqdm(total=total_steps, initial=resume_step, file=self._stream, unit="step", dynamic_ncols=True)
 
     @property
     def seconds(self) -> float:
-        """That the run has taken so far, those before it was resumed included."""
+        """Seconds of the run so far, including those before it was resumed."""
         return self._seconds_before + time.monotonic() - self._start
 
     def advance(self, step: int) -> None:
-        """Move the bar to `step`; costs nothing where there is none."""
-        if self._bar is not None:
-            self._bar.update(step - self._bar.n)
+        """Move the bar to `step`."""
+        self._bar.update(step - self._bar.n)
 
     @contextlib.contextmanager
     def aside(self) -> Iterator[None]:
-        """Keep what is done meanwhile, evaluations and pictures, out of images/s and of the time that is left."""
+        """Exclude the body, such as an evaluation, from images/s and from the remaining time."""
         start = time.monotonic()
         yield
-        self._aside += time.monotonic() - start
+        self._paused += time.monotonic() - start
 
     def log(self, row: Mapping[str, float]) -> dict[str, float]:
-        """Write a row (`step` and any figures) with `seconds` of the run; rows of training with `images_per_second`.
+        """Write a row of `step` and metrics with `seconds`, and `images_per_second` since the last row of training.
 
-        That is since the last such row. Returns the row as written. Numbers that are not finite are written as null.
+        Return the row as written. Numbers that are not finite are written as null.
         """
-        now, step = self._trained(), int(row["step"])
+        now, step = self._training_clock(), int(row["step"])
         full = dict(row)
         if step > self._last_step and "loss" in row:
             images = (step - self._last_step) * self._images_per_step
@@ -110,10 +107,9 @@ class MetricsLog:
         return full
 
     def close(self) -> None:
-        """Close the file and leave the bar as it stands."""
+        """Close the file and leave the bar on the screen."""
         self._file.close()
-        if self._bar is not None:
-            self._bar.close()
+        self._bar.close()
 
     def __enter__(self) -> "MetricsLog":
         return self
@@ -121,9 +117,8 @@ class MetricsLog:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _trained(self) -> float:
-        """A clock that stands still aside."""
-        return time.monotonic() - self._aside
+    def _training_clock(self) -> float:
+        return time.monotonic() - self._paused
 
     def _write(self, line: bytes) -> None:
         try:
@@ -134,22 +129,25 @@ class MetricsLog:
             raise ByolTimmError(f"cannot write {self._path} (No space left on device)")
 
     def _show(self, row: Mapping[str, float], step: int, now: float) -> None:
-        figures = [(label, form.format(row[name])) for name, label, form in _SHOWN if name in row]
-        if self._bar is not None:
+        shown = [f"{label} {form.format(row[name])}" for name, label, form in _SHOWN if name in row]
+        line = f"step {step}/{self._total_steps}  " + "  ".join(shown)
+        if self._bar.disable:
+            if step > self._start_step:
+                left = (self._total_steps - step) * (now - self._first_time) / (step - self._start_step)
+                line += f"  ETA {tqdm.format_interval(left)}"
+            print(line, file=self._stream, flush=True)
+        elif "loss" in row:
             self.advance(step)
-            self._bar.set_postfix_str(" ".join(f"{label} {value}" for label, value in figures))
-            return
-        line = f"step {step}/{self._total_steps}  " + "  ".join(f"{label} {value}" for label, value in figures)
-        if step > self._start_step:
-            left = (self._total_steps - step) * (now - self._first_time) / (step - self._start_step)
-            line += f"  ETA {_clock(left)}"
-        print(line, file=self._stream, flush=True)
+            self._bar.set_postfix_str(" ".join(shown))
+        else:
+            # Evaluations stay on the screen above the bar.
+            tqdm.write(line, file=self._stream)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics.jsonl, null as nan; a last line that a killed run left unfinished is dropped.
+    """Return the rows of a metrics.jsonl, null as nan, without a last line that a killed run has left unfinished.
 
-    An absent file has no rows. Raises `ByolTimmError` for anything else that is no row.
+    A missing file has no rows. Raises `ByolTimmError` for any other line that is not a row.
     """
     if not path.exists():
         return []
@@ -160,7 +158,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
             row = json.loads(line)
             int(row["step"])
         except (ValueError, TypeError, KeyError):
-            # Every whole line ends in a newline, so what follows the last one is torn, or nothing.
+            # Every complete line ends in a newline, so the last one is empty or incomplete.
             if number == len(lines):
                 break
             raise ByolTimmError(f"{path} line {number} is not a row of metrics. Remove that line") from None
@@ -171,9 +169,3 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 def _line(row: Mapping[str, float]) -> str:
     strict = {name: value if math.isfinite(value) else None for name, value in row.items()}
     return json.dumps(strict, allow_nan=False) + "\n"
-
-
-def _clock(seconds: float) -> str:
-    minutes, second = divmod(round(seconds), 60)
-    hours, minute = divmod(minutes, 60)
-    return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"

@@ -156,7 +156,10 @@ def test_progress_is_a_bar_on_a_terminal(tmp_path):
     with MetricsLog(tmp_path, total_steps=1000, images_per_step=64, resume_step=100, stream=stream) as log:
         log.advance(110)
         log.log(dict(ROW, step=120))
+        log.log(dict(step=120, epoch=0.5, knn=0.871))
     assert "120/1000" in stream.getvalue() and "loss 1.2500" in stream.getvalue()
+    # An evaluation stays on the screen above the bar.
+    assert "step 120/1000  epoch 0.50  kNN 87.1%\n" in stream.getvalue()
 
 
 def test_durations_do_not_follow_the_wall_clock(tmp_path, monkeypatch):
@@ -243,10 +246,10 @@ def test_a_collapse_that_shows_in_two_figures_is_told_once():
     "settings, cause",
     [
         (dict(lr=400.0), "--lr 400 is far too high for lars; try 1 or less"),
-        (dict(opt="adamw", lr=0.2), "--lr 0.2 is of a size for LARS, and --opt is adamw"),
+        (dict(opt="adamw", lr=0.2), "--lr 0.2 suits LARS, and --opt is adamw"),
         (dict(target_decay=0.0), "--target_decay 0 "),
-        (dict(batch_size=8), "8 images a step are few for BatchNorm"),
-        (dict(color=False), "the augmentation leaves colours alone"),
+        (dict(batch_size=8), "8 images per step are few for BatchNorm"),
+        (dict(color=False), "the augmentation does not change colours"),
         (dict(), "--lr 0.2 is too high"),
     ],
 )
