@@ -1,7 +1,7 @@
-"""The dry run: a few steps of a copy, and what the run will take."""
+"""A dry run: a few steps, what the run will take, and how it differs from the paper's."""
 
-import contextlib
 import copy
+import dataclasses
 import logging
 import resource
 import statistics
@@ -12,134 +12,133 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from torch import nn
 
-from ..byol import BYOL
-from ..cli import counted
-from ..data import Images, Splits, StreamSplits, copied_ahead
+from ..cli import counted, presets, read_config
+from ..config import PretrainConfig, Settings
+from ..encoders import fit_backbone
 from ..errors import ByolTimmError
-from ..training import (
-    DeviceViews,
-    Processes,
-    Schedule,
-    _create_optimizer,
-    _lay_out,
-    _open_batches,
-    _read,
-    prepare,
-    train_step,
-)
-from ..views import TwoViews
-from .fidelity import ALWAYS, Point, nearest_schedule, points
-from .journal import _save_example_views
-from .summary import _duration, _millions
+from .launch import Run
+from .learner import Learner
+from .plan import Plan
+from .reading import StepReader
+from .resolve import AUGMENTATION_FLAGS, resolve_augmentation, resolve_images, resolve_training
+from .results import save_example_views
+from .start import MAY_CHANGE
+from .summary import DATA, millions
 
 logger = logging.getLogger(__name__)
 
 # A dry run measures up to so many steps after the first, or five seconds of them.
 REHEARSED_STEPS, REHEARSAL_SECONDS = 10, 5
+# The authors' run, and the number of their training images and of batches of 64 in one of 4096.
+PAPER, PAPER_IMAGES, PAPER_FORWARDS = "imagenet_1000", 1_281_167, 64
+# Fields that do not change what is learned, or choose the images.
+NOT_COMPARED = MAY_CHANGE | {*DATA, *AUGMENTATION_FLAGS, "dataset", "num_images", "streaming", "shuffle_buffer", "seed"}
+NOT_COMPARED |= {"compile", "channels_last", "grad_checkpointing", "triton_views", "cuda_graph"}
 
 
-def _rehearse(
-    config: Any,
-    schedule: Schedule,
-    splits: Splits | StreamSplits,
-    views: TwoViews,
-    byol: BYOL,
-    optimizer: torch.optim.Optimizer,
-    frozen: Sequence[str],
-    processes: Processes,
-) -> None:
-    """Say what of the paper the run keeps, and what it takes, by a few steps with a copy of the networks."""
-    accelerator = processes.accelerator
-    # On GPUs, BatchNorm sees what all processes have.
-    sharing = accelerator.num_processes if accelerator.device.type == "cuda" else 1
-    compared = points(
-        config,
-        schedule,
-        views.augmentation,
-        byol,
-        optimizer,
-        batch_norm_images=config.batch_size * sharing,
-        frozen=frozen,
-    )
-    copied = copy.deepcopy(byol)
-    _lay_out(copied, config, accelerator)
-    model, optimizer = prepare(accelerator, copied, _create_optimizer(config, copied, schedule.peak_lr))
-    two_views = DeviceViews(views, accelerator.device, config.channels_last)
-    seconds: list[float] = []
-    count = 1
-    with contextlib.closing(_open_batches(config, schedule, splits, views, accelerator, 0)) as batches:
-        stream = copied_ahead(iter(batches), accelerator.device)
-        while len(seconds) < count:
-            start = time.perf_counter()
-            micro_batches, failure = _read(stream, accelerator.gradient_accumulation_steps)
-            processes.raise_first(failure)
-            pairs = map(two_views, micro_batches)
-            figures = train_step(
-                accelerator, model, optimizer, pairs, target_decay=1.0, recomputes=config.grad_checkpointing
-            )
-            # Waits for the device.
-            figures["loss"].item()
-            seconds.append(time.perf_counter() - start)
-            if len(seconds) == 1:
-                count = processes.on_main(lambda: 1 + min(REHEARSED_STEPS, int(REHEARSAL_SECONDS / seconds[0])))
-    for line in [*paper_lines(compared, schedule, config.epochs), "", *rehearsal(schedule, byol, accelerator, seconds)]:
+def rehearse(plan: Plan, run: Run) -> nn.Module:
+    """Train a few steps, log what the run will take and how it differs from the paper; return the untrained encoder."""
+    untrained = copy.deepcopy(plan.encoder)
+    picture = run.processes.on_main(lambda: _save_views(plan, run.folder))
+    seconds = _measure(plan, run)
+    for line in [*_paper_lines(plan), "", *_cost_lines(plan, run, seconds)]:
         logger.info(line)
+    logger.info("\nDry run finished. Nothing was saved except %s", picture)
+    if plan.settings.decoded_cache is not None:
+        logger.info("The dry run decoded images itself; the run will read them from --decoded_cache")
+    return untrained.eval()
 
 
-def _rehearsed_views(folder: Path, images: Images, views: TwoViews) -> Path:
-    """Where the views are: beside the folder of the run, which stays free for it, or as it is."""
+def compared(settings: Settings, global_batch: int) -> dict[str, tuple[Any, Any]]:
+    """Return the value of each setting that changes what is learned, here and in the authors' preset."""
+    config = resolve_images(read_config(PretrainConfig, presets()[PAPER]), 224)
+    encoder = fit_backbone(config.backbone, image_size=config.image_size, in_chans=config.in_chans).encoder
+    paper = resolve_training(config, encoder, PAPER_IMAGES, PAPER_FORWARDS)
+    here, there = _values(settings, global_batch), _values(paper, paper.batch_size * PAPER_FORWARDS)
+    return {name: (here[name], there[name]) for name in here}
+
+
+def _values(settings: Settings, global_batch: int) -> dict[str, Any]:
+    values = {name: value for name, value in dataclasses.asdict(settings).items() if name not in NOT_COMPARED}
+    return {**values, "global_batch": global_batch, **dataclasses.asdict(resolve_augmentation(settings))}
+
+
+def _paper_lines(plan: Plan) -> list[str]:
+    """Return a line for each setting: the same as in the authors' preset, or changed."""
+    values = compared(plan.settings, plan.schedule.global_batch)
+    width = max(map(len, values))
+    lines = ["", f"compared with the paper's run (preset {PAPER})"]
+    for name, (here, paper) in values.items():
+        verdict, note = ("same   ", "") if here == paper else ("changed", f" (paper: {_shown(paper)})")
+        lines.append(f"  {verdict}  {name:<{width}}  {_shown(here)}{note}")
+    return lines
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, tuple):
+        return " ".join(map(_shown, value)) or "none"
+    return f"{value:.4g}" if isinstance(value, float) else "none" if value is None else str(value)
+
+
+def _save_views(plan: Plan, folder: Path) -> Path:
+    """Save example views next to the run folder, which stays free for the run."""
     rehearsed = Path(f"{folder if folder.name else folder.absolute()}-dry_run")
     try:
         rehearsed.mkdir(parents=True, exist_ok=True)
-        _save_example_views(images, views, rehearsed / "views.png")
+        save_example_views(plan, rehearsed / "views.png")
     except OSError as error:
         raise ByolTimmError(f"cannot write to {rehearsed} ({error.strerror}). Choose another --output_dir") from error
     return rehearsed / "views.png"
 
 
-def rehearsal(schedule: Any, byol: BYOL, accelerator: Accelerator, seconds: Sequence[float]) -> list[str]:
-    """Lines that say what a run takes, by steps that were just made; seconds: that each of them took."""
-    online = [parameter for parameter in byol.parameters() if parameter.requires_grad]
-    # The first step prepares what later ones find ready.
-    step = statistics.median(seconds[1:] or seconds)
+def _measure(plan: Plan, run: Run) -> list[float]:
+    """Return the seconds of each of a few steps."""
+    learner, count = Learner(plan, run), 1
+    seconds: list[float] = []
+    with StepReader(plan, run, caches=False) as reader:
+        while len(seconds) < count:
+            start = time.perf_counter()
+            batches, failure = reader.read(0)
+            run.processes.raise_first(failure)
+            # `item` waits for the device.
+            learner.step(len(seconds) % plan.schedule.total_steps, batches)["loss"].item()
+            seconds.append(time.perf_counter() - start)
+            if len(seconds) == 1:
+                slowest = max(run.processes.gather(seconds[0]))
+                count = 1 + min(REHEARSED_STEPS, int(REHEARSAL_SECONDS / slowest))
+    return seconds
+
+
+def _cost_lines(plan: Plan, run: Run, seconds: Sequence[float]) -> list[str]:
+    """Return lines about parameters, speed, time and memory."""
+    online = [parameter for parameter in plan.byol.parameters() if parameter.requires_grad]
+    # The first step prepares what later ones reuse.
+    step, schedule = statistics.median(seconds[1:] or seconds), plan.schedule
+    trained = f"{sum(p.numel() for p in online) / 1e6:.1f} M trained"
     measured = f"measured over {counted(len(seconds), 'step')}"
-    lines = [
-        (
-            "parameters",
-            f"{sum(p.numel() for p in online) / 1e6:.1f} M trained, {_millions(byol)} with the target network",
-        ),
-        ("speed", f"{schedule.global_batch / step:,.0f} images/s, {step:.3g} s a step, {measured}"),
-        (
-            "time",
-            f"{_duration(step * schedule.total_steps)} for {counted(schedule.total_steps, 'step')}; "
-            "evaluation comes on top",
-        ),
-        ("memory", f"{peak_memory(accelerator.device)}, measured"),
-    ]
-    return [f"  {name:<10} {text}" for name, text in lines]
+    total = counted(schedule.total_steps, "step")
+    lines = {
+        "parameters": f"{trained}, {millions(plan.byol)} with the target network",
+        "speed": f"{schedule.global_batch / step:,.0f} images/s, {step:.3g} s per step, {measured}",
+        "time": f"{_duration(step * schedule.total_steps)} for {total}, plus evaluation",
+        "memory": f"{_peak_memory(run.accelerator.device)}, measured",
+    }
+    return [f"  {name:<10} {text}" for name, text in lines.items()]
 
 
-def paper_lines(points: Sequence[Point], schedule: Any, epochs: int) -> list[str]:
-    """Every point of the paper: kept, or what the run has in its place."""
-    compared, batch = nearest_schedule(epochs, schedule.global_batch)
-    width = max(len(point.name) for point in points)
-    lines = ["", f"beside the paper's ResNet-50 ({compared} epochs, batch {batch})"]
-    for point in points:
-        verdict = "same   " if point.same else "changed"
-        lines.append(
-            f"  {verdict}  {point.name:<{width}}  {point.here}" + f" (paper: {point.paper})" * (not point.same)
-        )
-    return [*lines, f"  always   {ALWAYS}"]
-
-
-def peak_memory(device: torch.device) -> str:
-    """The most memory that this process has had on its device so far."""
+def _peak_memory(device: torch.device) -> str:
+    """Return the peak memory of this process on its device."""
     if device.type == "cuda":
         whole = torch.cuda.get_device_properties(device).total_memory
-        return (
-            f"{torch.cuda.max_memory_reserved(device) / 2**30:.1f} GB of the GPU's {whole / 2**30:.0f} GB at its peak"
-        )
+        return f"peak of {torch.cuda.max_memory_reserved(device) / 2**30:.1f} GB of the GPU's {whole / 2**30:.0f} GB"
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    return f"{peak / 2**30:.1f} GB at this process's peak"
+    return f"peak of {peak / 2**30:.1f} GB in this process"
+
+
+def _duration(seconds: float) -> str:
+    hours, minutes = divmod(round(seconds / 60), 60)
+    if hours:
+        return f"about {hours:,} h {minutes} min"
+    return f"about {minutes} min" if minutes else f"about {seconds:.0f} s"

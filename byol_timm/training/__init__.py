@@ -18,6 +18,7 @@ from .interruption import Interruption as Interruption
 from .log import MetricsLog as MetricsLog
 from .log import read_metrics as read_metrics
 from .optim import LARS as LARS
+from .optim import check_optimizer as check_optimizer
 from .optim import create_optimizer as create_optimizer
 from .optim import parameter_groups as parameter_groups
 from .processes import Processes as Processes
@@ -27,14 +28,8 @@ from .processes import prepare as prepare
 from .schedule import Schedule as Schedule
 from .schedule import learning_rate as learning_rate
 from .step import FIGURES as FIGURES
-from .step import MAX_SKIPPED_STEPS as MAX_SKIPPED_STEPS
 from .step import DeviceViews as DeviceViews
 from .step import LateCheck as LateCheck
-from .step import _create_optimizer as _create_optimizer
-from .step import _lay_out as _lay_out
-from .step import _mends_itself as _mends_itself
-from .step import _open_batches as _open_batches
-from .step import _read as _read
-from .step import _seed as _seed
 from .step import enable_grad_checkpointing as enable_grad_checkpointing
+from .step import recovers as recovers
 from .step import train_step as train_step

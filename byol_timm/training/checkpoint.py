@@ -62,9 +62,10 @@ def save_checkpoint(
     return _write(folder, step, _on_host(tensors), json.dumps(state), keep)
 
 
-def load_latest(folder: Path) -> Checkpoint | None:
+def load_latest(folder: Path, groups: Collection[str] | None = None) -> Checkpoint | None:
     """Return the newest checkpoint in `folder` that is undamaged, or None; delete what killed saves have left.
 
+    groups: of tensors to check and load; None: all.
     Raises `ByolTimmError` for a checkpoint of a newer byol_timm, and if all checkpoints are damaged.
     """
     if not folder.is_dir():
@@ -74,7 +75,7 @@ def load_latest(folder: Path) -> Checkpoint | None:
     skipped: list[str] = []
     for step in reversed(_steps(folder)):
         try:
-            checkpoint = _load(folder / f"step-{step}")
+            checkpoint = _load(folder / f"step-{step}", _files(groups))
         except _Damaged as error:
             skipped.append(f"step-{step}: {error}")
             continue
@@ -90,7 +91,7 @@ def load_checkpoint(path: Path, groups: Collection[str]) -> Checkpoint:
     Raises `ByolTimmError` if they are damaged.
     """
     try:
-        return _load(path, {_STATE, *(f"{name}.safetensors" for name in groups)})
+        return _load(path, _files(groups))
     except _Damaged as error:
         raise ByolTimmError(f"{path} is not a good checkpoint ({error}). Name one as RUN/checkpoints/step-N") from error
 
@@ -242,6 +243,10 @@ def _remove(path: Path) -> None:
     doomed = path.with_name(f".tmp-removed-{path.name}")
     os.rename(path, doomed)
     shutil.rmtree(doomed)
+
+
+def _files(groups: Collection[str] | None) -> set[str] | None:
+    return None if groups is None else {_STATE, *(f"{name}.safetensors" for name in groups)}
 
 
 def _load(path: Path, names: Collection[str] | None = None) -> Checkpoint:

@@ -88,6 +88,20 @@ def parameter_groups(
     ]
 
 
+def check_optimizer(opt: str) -> None:
+    """Raise `ByolTimmError` for an unknown optimizer, and for one that needs more than gradients."""
+    if opt == "lars":
+        return
+    from timm.optim import get_optimizer_info, list_optimizers
+
+    known, name = [str(name) for name in list_optimizers()], opt.lower().removeprefix("lookahead_")
+    # timm has another `lars`, under that name.
+    if name not in known or name == "lars":
+        raise ByolTimmError(f"unknown optimizer {opt!r}. {nearest(opt.lower(), known)}")
+    if get_optimizer_info(name).second_order:
+        raise ByolTimmError(f"{opt} needs second derivatives, which training does not compute. Choose another --opt")
+
+
 def create_optimizer(
     opt: str, module: nn.Module, *, lr: float, weight_decay: float, no_weight_decay: Iterable[str] = ()
 ) -> torch.optim.Optimizer:
@@ -99,14 +113,9 @@ def create_optimizer(
     groups = parameter_groups(module, weight_decay, no_weight_decay=no_weight_decay)
     if opt == "lars":
         return LARS(groups, lr)
-    from timm.optim import create_optimizer_v2, get_optimizer_info, list_optimizers
+    check_optimizer(opt)
+    from timm.optim import create_optimizer_v2
 
-    known, name = [str(name) for name in list_optimizers()], opt.lower().removeprefix("lookahead_")
-    # timm has another `lars`, under that name.
-    if name not in known or name == "lars":
-        raise ByolTimmError(f"unknown optimizer {opt!r}. {nearest(opt.lower(), known)}")
-    if get_optimizer_info(name).second_order:
-        raise ByolTimmError(f"{opt} needs second derivatives, which training does not compute. Choose another --opt")
     for group in groups:
         del group["adapt"]
     try:

@@ -1,24 +1,20 @@
 """One step of BYOL on the device."""
 
 import contextlib
-import hashlib
 import math
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..byol import BYOL, HEALTH
-from ..data import Batch, Splits, StreamBatches, StreamSplits, TrainingBatches
+from ..byol import HEALTH
+from ..data import Batch
 from ..errors import ByolTimmError
 from ..views import TwoViews
-from .optim import create_optimizer
 from .processes import average_batch_statistics
-from .schedule import Schedule
 
 
 def enable_grad_checkpointing(encoder: Any) -> None:
@@ -122,56 +118,6 @@ class LateCheck:
         return math.isfinite(self.number.item())
 
 
-def _create_optimizer(config: Any, byol: BYOL, peak_lr: float) -> torch.optim.Optimizer:
-    return create_optimizer(
-        config.opt, byol, lr=peak_lr, weight_decay=config.weight_decay, no_weight_decay=byol.no_weight_decay()
-    )
-
-
-def _lay_out(byol: BYOL, config: Any, accelerator: Accelerator) -> None:
-    """Memory layout, BatchNorm over all processes and compilation, as the settings ask."""
-    byol.to(memory_format=torch.channels_last if config.channels_last else torch.contiguous_format)
-    if accelerator.num_processes > 1 and accelerator.device.type == "cuda":
-        # In place, but for a module that is itself a BatchNorm. torch's own drops the activations inside timm's layers.
-        convert_sync_batchnorm(byol)
-    if config.compile:
-        for network in byol.children():
-            network.compile()
-
-
-def _open_batches(
-    config: Any,
-    schedule: Schedule,
-    splits: Splits | StreamSplits,
-    views: TwoViews,
-    accelerator: Accelerator,
-    step: int,
-) -> TrainingBatches | StreamBatches:
-    settings: dict[str, Any] = dict(
-        batch_size=config.batch_size,
-        global_batch=schedule.global_batch,
-        rank=accelerator.process_index,
-        world=accelerator.num_processes,
-        seed=config.seed,
-        start_step=step,
-        cut=views.cut,
-        reduction=views.reduction if config.fast_jpeg else None,
-        workers=config.workers,
-        on_bad_image=config.on_bad_image,
-    )
-    if isinstance(splits, StreamSplits):
-        return StreamBatches(splits.train, splits.bank, shuffle_buffer=config.shuffle_buffer, **settings)
-    return TrainingBatches(splits.train, memory_limit=int(config.memory_limit * 2**30), **settings)
-
-
-def _read(stream: Iterator[Batch], count: int) -> tuple[list[Batch], ByolTimmError | None]:
-    """The next `count` batches, or what went wrong: other processes must hear of it before this one ends."""
-    try:
-        return [next(stream) for _ in range(count)], None
-    except ByolTimmError as error:
-        return [], error
-
-
 class DeviceViews:
     """Make the views of a batch on the device. They are valid until the next call, which uses their memory again.
 
@@ -209,16 +155,10 @@ class DeviceViews:
         return view1, view2
 
 
-def _seed(seed: int, step: int, process: int) -> None:
-    """What is random in the online network (dropout, drop path) becomes a function of the step, as all else is."""
-    digest = hashlib.blake2b(f"{seed} {step} {process}".encode(), digest_size=8).digest()
-    torch.manual_seed(int.from_bytes(digest, "big") >> 1)
+def recovers(accelerator: Accelerator, loss: Tensor, skipped: int) -> bool:
+    """Return True if float16 can make the gradient finite with a smaller scale of the loss.
 
-
-def _mends_itself(accelerator: Accelerator, loss: Tensor, skipped: int) -> bool:
-    """Whether a smaller scale of the loss, which float16 tries after a skipped step, can mend the gradient.
-
-    It cannot when activations overflow: then the loss is no number either, and batch statistics are lost. The answer is
-    that of all processes, which skip a step together.
+    It cannot if activations overflow: then the loss is not finite either, and batch statistics are lost. All processes
+    skip a step together and get the same answer. skipped: steps in a row so far.
     """
     return 0 < skipped <= MAX_SKIPPED_STEPS and bool(accelerator.reduce(loss.float(), "mean").isfinite())

@@ -24,8 +24,7 @@ from torch import nn
 
 from byol_timm import BYOL, ByolTimmError, PretrainConfig, pretrain
 from byol_timm.encoders import create_encoder, has_batch_norm
-from byol_timm.pretraining import resolve_training
-from byol_timm.pretraining import run as pretraining_run
+from byol_timm.pretraining import plan, resolve_training
 from byol_timm.training import optim, read_metrics
 
 BACKBONES = ("test_resnet", "test_efficientnet", "test_convnext", "test_vit")
@@ -58,7 +57,7 @@ def measure(backbone: str, run: str, epochs: int) -> tuple[list[dict[str, Any]],
         folder = stack.enter_context(tempfile.TemporaryDirectory())
         stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
         if "no predictor" in run:
-            stack.enter_context(patch.object(pretraining_run, "BYOL", WithoutPredictor))
+            stack.enter_context(patch.object(plan, "BYOL", WithoutPredictor))
         if "tau 0" in run:
             stack.enter_context(patch.object(optim, "target_decay", lambda *_: 0.0))
         try:

@@ -62,17 +62,25 @@ def test_augmentation_fits_the_images_and_flags_change_it():
 
 @pytest.mark.parametrize("epochs, evaluations", [(1, 1), (5, 4), (100, 10), (1000, 10)])
 def test_evaluation_takes_a_small_part_of_a_run(epochs, evaluations):
-    config = resolve_intervals(PretrainConfig(epochs=epochs), steps_per_epoch=10)
-    assert epochs / config.knn_every <= max(1, evaluations)
+    assert epochs / resolve_intervals(epochs, steps_per_epoch=10)["knn_every"] <= max(1, evaluations)
 
 
 def test_a_long_run_is_heard_of_and_saved_as_often_as_a_short_one():
-    long = resolve_intervals(PretrainConfig(epochs=1000), steps_per_epoch=312)
-    assert long.log_every <= 100 and long.save_every <= 2000
-    short = resolve_intervals(PretrainConfig(epochs=10), steps_per_epoch=10)
-    assert (short.log_every, short.save_every) == (2, 10)
-    asked = resolve_intervals(PretrainConfig(epochs=1000, log_every=5000, save_every=9000), steps_per_epoch=312)
+    long = resolve_intervals(epochs=1000, steps_per_epoch=312)
+    assert long["log_every"] <= 100 and long["save_every"] <= 2000
+    short = resolve_intervals(epochs=10, steps_per_epoch=10)
+    assert (short["log_every"], short["save_every"]) == (2, 10)
+    asked = resolved("test_resnet", log_every=5000, save_every=9000)
     assert (asked.log_every, asked.save_every) == (5000, 9000)
+
+
+@pytest.mark.parametrize("opt", ["momentum", "nesterov", "sgdw", "muon", "lion", "adam"])
+def test_an_optimizer_without_known_defaults_needs_a_learning_rate(opt):
+    with pytest.raises(
+        ByolTimmError, match=rf"no default learning rate for --opt {opt}\. Give --lr, and --weight_decay"
+    ):
+        resolved("test_resnet", opt=opt)
+    assert resolved("test_resnet", opt=opt, lr=0.3).lr == 0.3
 
 
 def test_channels_that_the_backbone_does_not_know_get_mean_values():

@@ -25,8 +25,7 @@ from byol_timm.config import EvaluationConfig
 from byol_timm.encoders import freeze_parts
 from byol_timm.errors import ByolTimmError
 from byol_timm.evaluation import dataset_features, extract_features, heldout, knn, open_evaluation
-from byol_timm.pretraining import journal, open_images
-from byol_timm.pretraining import run as pretraining_run
+from byol_timm.pretraining import open_images, plan, redraw, resolve
 from byol_timm.training import (
     Interrupted,
     Schedule,
@@ -234,7 +233,7 @@ def test_a_run_whose_optimizer_held_other_parameters_is_not_resumed(run, tmp_pat
     shutil.copytree(run[0], again)
     shutil.rmtree(again / "checkpoints" / "step-5")
     # As if a part meant other parameters when the run began.
-    monkeypatch.setattr(pretraining_run, "freeze_parts", lambda encoder, _: freeze_parts(encoder, ("stem",)))
+    monkeypatch.setattr(plan, "freeze_parts", lambda encoder, _: freeze_parts(encoder, ("stem",)))
     with pytest.raises(ByolTimmError, match=r"something else is frozen\. Use another --output_dir"):
         pretrain(quick(again, resume=True))
 
@@ -243,9 +242,9 @@ def test_the_map_of_a_finished_run_is_drawn_again_by_another_method_and_back(run
     folder, _ = run
     pictures = [folder / name for name in ("embedding.png", "neighbours.png")]
     before = [path.read_bytes() for path in pictures]
-    journal.redraw(folder, method="tsne")
+    redraw(folder, method="tsne")
     assert pictures[0].read_bytes() != before[0]
-    journal.redraw(folder, method="pca")
+    redraw(folder, method="pca")
     assert [path.read_bytes() for path in pictures] == before
 
 
@@ -256,7 +255,7 @@ def test_the_probe_leaves_no_trace_in_the_encoder(run, tmp_path, monkeypatch):
         splits = open_images(config)
         return dataclasses.replace(splits, train=dataclasses.replace(splits.train, labels=None), test=None)
 
-    monkeypatch.setattr(pretraining_run, "open_images", unlabelled)
+    monkeypatch.setattr(resolve, "open_images", unlabelled)
     pretrain(quick(tmp_path / "run"))
     assert not any("linear" in row for row in read_metrics(tmp_path / "run" / "metrics.jsonl"))
     assert weights(tmp_path / "run") == weights(folder)
@@ -387,15 +386,17 @@ def test_dry_run_takes_the_folder_that_one_is_in(tmp_path, monkeypatch):
 def test_dry_run_measures_the_run_and_tells_it_from_the_papers(tmp_path, caplog):
     caplog.set_level("INFO")
     began = time.perf_counter()
-    pretrain(quick(tmp_path / "run", dry_run=True, epochs=100, batch_size=128))
+    pretrain(quick(tmp_path / "run", dry_run=True, epochs=100, batch_size=128, projection_dim=256))
     took = time.perf_counter() - began
-    [(rate, step, count)] = re.findall(r"([\d,]+) images/s, ([\d.]+) s a step, measured over (\d+) steps", caplog.text)
+    [(rate, step, count)] = re.findall(
+        r"([\d,]+) images/s, ([\d.]+) s per step, measured over (\d+) steps", caplog.text
+    )
     assert 1 < int(count) and int(count) * float(step) < took
     assert float(rate.replace(",", "")) * float(step) == pytest.approx(128, rel=0.05)
     assert re.search(r"memory +[\d.]+ GB .*measured", caplog.text)
     assert re.search(r"about .* for 1,100 steps", caplog.text)
-    assert re.search(r"changed +batch +128 \(paper: 4096\)", caplog.text)
-    assert re.search(r"same +loss +both directions", caplog.text)
+    assert re.search(r"changed +global_batch +128 \(paper: 4096\)", caplog.text)
+    assert re.search(r"same +projection_dim +256", caplog.text)
 
 
 def test_a_collapsed_run_stops_where_asked(tmp_path):
@@ -472,7 +473,7 @@ def test_images_of_one_pixel_train_with_a_word_about_them(tmp_path, caplog):
         size = [(1, 1), (1, 300), (300, 1), (40, 30)][index % 4]
         Image.new("L", size, 4 * index).resize(size).save(tmp_path / "images" / f"{index}.png")
     pretrain(quick(tmp_path / "run", dataset=str(tmp_path / "images"), batch_size=16, workers=0))
-    assert "25 % of the images have less than a quarter of the 32 pixels" in caplog.text
+    assert "25 % of the images are smaller than a quarter of --image_size 32" in caplog.text
 
 
 def test_recomputed_activations_change_no_bit_of_the_run(run, tmp_path):
@@ -524,8 +525,8 @@ def test_a_training_state_that_does_not_fit_is_refused_in_one_line(run, tmp_path
             dict(projection_dim=64),
             r"made with projection_dim 32, you asked for 64\. Give another .* or --projection_dim 32",
         ),
-        (dict(backbone="test_efficientnet"), "is of test_resnet and does not fit test_efficientnet"),
-        (dict(training_state=str(folder)), r"is no good checkpoint \(manifest\.json is missing\)"),
+        (dict(backbone="test_efficientnet"), "was made with test_resnet and does not fit test_efficientnet"),
+        (dict(training_state=str(folder)), r"is not a good checkpoint \(manifest\.json is missing\)"),
     ]:
         with pytest.raises(ByolTimmError, match=message) as caught:
             pretrain(quick(tmp_path / "run", **{"training_state": state, **changes}))
@@ -610,12 +611,12 @@ def test_too_little_memory_is_told_in_one_line_with_advice(tmp_path, monkeypatch
         def forward(self, images):
             raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 20.00 GiB.")
 
-    def create(settings):
+    def create(settings, weights):
         encoder = timm.create_model("test_resnet", num_classes=0)
         encoder.__class__ = Hungry
         return encoder
 
-    monkeypatch.setattr(pretraining_run, "initial_encoder", create)
+    monkeypatch.setattr(plan, "initial_encoder", create)
     message = (
         r"out of memory with 256 images of 32x32 at once \(CUDA out of memory\. Tried .*\)\. Lower --batch_size and"
     )

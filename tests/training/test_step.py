@@ -10,8 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from byol_timm import BYOL
-from byol_timm.training import MAX_SKIPPED_STEPS, effective_rank, train_step
-from byol_timm.training.step import _mends_itself
+from byol_timm.training import MAX_SKIPPED_STEPS, effective_rank, recovers, train_step
 
 
 @pytest.fixture(autouse=True)
@@ -124,15 +123,13 @@ def test_the_target_is_in_no_optimizer_and_gets_no_gradient():
 def test_float16_goes_on_while_a_smaller_scale_of_the_loss_can_help():
     accelerator = Accelerator(cpu=True)
     good, overflown = torch.tensor(2.0), torch.tensor(torch.inf)
-    answers = [
-        _mends_itself(accelerator, good, skipped) for skipped in (0, 1, MAX_SKIPPED_STEPS, MAX_SKIPPED_STEPS + 1)
-    ]
+    answers = [recovers(accelerator, good, skipped) for skipped in (0, 1, MAX_SKIPPED_STEPS, MAX_SKIPPED_STEPS + 1)]
     assert answers == [False, True, True, False]
-    assert not _mends_itself(accelerator, overflown, 1)
+    assert not recovers(accelerator, overflown, 1)
 
 
 def test_a_step_and_its_checks_need_no_float64():
     with NoFloat64():
         _, _, figures = step_of(1, [tuple(torch.rand(2, 8, 3, 32, 32))])
         effective_rank(figures["representation"])
-        assert _mends_itself(Accelerator(cpu=True), figures["loss"], 1)
+        assert recovers(Accelerator(cpu=True), figures["loss"], 1)

@@ -1,0 +1,79 @@
+"""Open a run: its processes, its locked folder, its signals."""
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from accelerate import Accelerator
+
+from ..config import PretrainConfig, check, output_dir
+from ..encoders import check_push
+from ..errors import ByolTimmError
+from ..training import (
+    Checkpoint,
+    Interruption,
+    Processes,
+    check_resumable,
+    claim_folder,
+    create_accelerator,
+    load_latest,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """The processes and the folder of one training.
+
+    earlier: the checkpoint to resume from, without its tensors; None for a new run. commit: deletes the run that an
+    overwrite replaces. stack: contexts that end with the run.
+    """
+
+    folder: Path
+    accelerator: Accelerator
+    processes: Processes
+    interruption: Interruption
+    earlier: Checkpoint | None
+    commit: Callable[[], None]
+    stack: contextlib.ExitStack
+
+
+@contextlib.contextmanager
+def open_run(config: PretrainConfig) -> Iterator[Run]:
+    """Check the config, start the processes, and lock the folder until the end; a dry run needs no folder."""
+    check(config)
+    folder = output_dir(config)
+    accelerator = create_accelerator(config.report_to, folder)
+    with contextlib.ExitStack() as stack:
+        processes = stack.enter_context(Processes(accelerator))
+        earlier = None
+        # Only the main process holds the folder.
+        commits: list[Callable[[], None]] = []
+        if not config.dry_run:
+            processes.on_main(lambda: commits.append(_claim(folder, config, stack)))
+            earlier = _earlier(folder) if config.resume else None
+        commit = commits[0] if commits else _nothing_to_commit
+        interruption = stack.enter_context(Interruption(max_minutes=config.max_time))
+        yield Run(folder, accelerator, processes, interruption, earlier, commit, stack)
+
+
+def _nothing_to_commit() -> None:
+    pass
+
+
+def _claim(folder: Path, config: PretrainConfig, stack: contextlib.ExitStack) -> Callable[[], None]:
+    if config.push_to_hub:
+        check_push(config.push_to_hub, public=config.public)
+    if config.resume and not config.overwrite:
+        check_resumable(folder)
+    return stack.enter_context(claim_folder(folder, resume=config.resume, overwrite=config.overwrite))
+
+
+def _earlier(folder: Path) -> Checkpoint | None:
+    checkpoint = load_latest(folder / "checkpoints", groups=())
+    if checkpoint is None and (folder / "encoder").exists():
+        raise ByolTimmError(
+            f"{folder} has an encoder but no checkpoint to resume from. Replace it with --overwrite, or choose another "
+            "--output_dir"
+        )
+    return checkpoint
