@@ -66,8 +66,7 @@ def test_curves_of_whatever_a_run_wrote(rows, tmp_path):
     assert size_of(path) == (1260, 648)
 
 
-@pytest.mark.parametrize("channels", [1, 2, 3, 4, 7])
-@pytest.mark.parametrize("count", [1, 3, 8])
+@pytest.mark.parametrize(("channels", "count"), [(1, 1), (1, 8), (2, 3), (3, 1), (4, 3), (7, 1)])
 def test_views_of_any_number_of_images_and_channels(channels, count, tmp_path):
     images = IMAGES[:count].repeat(1, channels, 1, 1)
     views = TwoViews(AUGMENTATIONS["digits"], 32, mean=[0.0], std=[1.0])(images, torch.arange(count))
@@ -104,14 +103,14 @@ def test_map_of_a_degenerate_embedding(features, tmp_path):
 
 
 def test_neighbours_with_and_without_labels(tmp_path):
-    neighbours = [IMAGES[index + 1 : index + 9] for index in range(8)]
-    labels = [DIGITS.target[index + 1 : index + 9] for index in range(8)]
-    plain = save_neighbours(IMAGES[:8], neighbours, tmp_path / "plain.png")
+    neighbours = [IMAGES[index + 1 : index + 9] for index in range(3)]
+    labels = [DIGITS.target[index + 1 : index + 9] for index in range(3)]
+    plain = save_neighbours(IMAGES[:3], neighbours, tmp_path / "plain.png")
     labelled = save_neighbours(
-        IMAGES[:8],
+        IMAGES[:3],
         neighbours,
         tmp_path / "labelled.png",
-        query_labels=DIGITS.target[:8],
+        query_labels=DIGITS.target[:3],
         neighbour_labels=labels,
         class_names=NAMES,
     )
@@ -178,12 +177,18 @@ class Page(HTMLParser):
         return " ".join(self.texts)
 
 
+@pytest.fixture(scope="module")
+def picture(tmp_path_factory):
+    path = save_embedding(torch.tensor(DIGITS.data[:50]), None, [], tmp_path_factory.mktemp("map") / "map.png")
+    return path.read_bytes()
+
+
 @pytest.fixture
-def run_folder(tmp_path):
+def run_folder(tmp_path, picture):
     folder = tmp_path / "resnet18 <i>digits"
     folder.mkdir()
-    save_curves(WITH_KNN, folder / "curves.png")
-    save_embedding(torch.tensor(DIGITS.data[:50]), None, [], folder / "a_map.png")
+    for name in ("curves.png", "a_map.png"):
+        (folder / name).write_bytes(picture)
     results = {
         "config": {"backbone": "resnet18<script>", "dataset": str(Path.home() / "pictures")},
         "results": {"knn_byol": 97.123456789, "protocol": "20-NN <script>alert(1)</script> & more"},
@@ -205,8 +210,9 @@ def test_a_report_holds_every_picture_and_number_and_asks_for_nothing_else(run_f
     assert {tag for tag, _ in page.elements} & {"script", "link", "iframe", "object", "a", "i", "b"} == set()
     assert not any({"href", "srcset", "onload", "action"} & attributes.keys() for _, attributes in page.elements)
     assert "url(" not in page.text and "@import" not in page.text
-    for text in ("resnet18 <i>digits", "97.1235", "<script>alert(1)</script> & more", "output_dir", "2.6"):
+    for text in ("resnet18 <i>digits", "97.123456789", "after BYOL 97.1 %", "<script>alert(1)</script> & more"):
         assert text in page.text
+    assert "output_dir" in page.text and "2.6" in page.text
 
 
 def test_a_report_tells_no_secret_and_no_home(run_folder):
