@@ -17,7 +17,7 @@ from typing import Any, Literal, get_args, get_origin
 
 import yaml
 
-from .config import ORDERS, Config
+from .config import ORDERS, REPLACED, Config
 from .errors import ByolTimmError, nearest, one_line, report
 
 
@@ -33,6 +33,8 @@ def parse(config_class: type[Config], argv: Sequence[str] | None = None) -> Conf
     names = [field.name for field in dataclasses.fields(config_class)]  # type: ignore[arg-type]
     for token in argv:
         flag = token[2:].partition("=")[0].replace("-", "_")
+        if token.startswith("--") and flag in REPLACED:
+            raise ByolTimmError(f"--{flag} was removed. {REPLACED[flag]}")
         if token.startswith("--") and flag not in (*names, "help") and flag.removeprefix("no_") not in names:
             raise ByolTimmError(f"unknown flag {token.partition('=')[0]}. {nearest(flag, names)}")
     default = tyro.MISSING_NONPROP if named is None else read_config(config_class, _config_file(named))
@@ -68,6 +70,10 @@ def read_config(config_class: type[Config], path: Path, *, ignore: Collection[st
         raise ByolTimmError(f"config file {path} must hold `key: value` lines")
     values = {str(key): value for key, value in (values or {}).items() if key not in ignore}
     hints = typing.get_type_hints(config_class)
+    for key in values:
+        if key in REPLACED and values[key] not in (None, 2.0):
+            raise ByolTimmError(f"{key} in {path} was removed. {REPLACED[key]}")
+    values = {key: value for key, value in values.items() if key not in REPLACED}
     for key in values:
         if key not in hints:
             raise ByolTimmError(f"unknown key {key!r} in {path}. {nearest(key, list(hints))}")

@@ -12,6 +12,12 @@ from .errors import ByolTimmError
 Config = TypeVar("Config")
 # What a command does besides training: never written to config.yaml, and refused in a file that --config reads.
 ORDERS = frozenset("output_dir resume overwrite max_time push_to_hub public dry_run debug".split())
+# Flags of earlier versions, and what to do now.
+REPLACED = {
+    "memory_limit": "Use --cache ram or --cache none",
+    "decoded_cache": "Use --cache disk --cache_dir FOLDER",
+    "decoded_side": "Shrink the image files themselves",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,12 +60,10 @@ class PretrainConfig:
     """Fraction of the training images to train on, drawn by the seed; smaller fractions are part of larger ones."""
     workers: int | None = None
     """Data-loading workers (default: one per core, at most 8)."""
-    memory_limit: float = 2.0
-    """Cache decoded images in RAM if they all have the same size, up to this many GB per process."""
-    decoded_cache: str | None = None
-    """Folder on a fast disk for decoded images: decode each image once instead of in every epoch."""
-    decoded_side: int | None = None
-    """With --decoded_cache: shrink images to this shorter side to save disk space (default: keep their size)."""
+    cache: Literal["ram", "disk", "none"] | None = None
+    """Decode each image once, for all processes of a host (default: ram if all have one size and take up to 2 GB)."""
+    cache_dir: str | None = None
+    """With --cache disk: folder on a fast disk for the decoded images; later runs find them there."""
     streaming: bool = False
     """Read parquet, arrow or tar (webdataset) shards in sequence, local or on the Hub, without a copy on disk."""
     shuffle_buffer: int | None = None
@@ -272,9 +276,9 @@ def output_dir(config: PretrainConfig) -> Path:
 
 _POSITIVE = (
     *("image_size", "in_chans", "epochs", "batch_size", "hidden_dim", "projection_dim", "save_every", "log_every"),
-    *("knn_every", "max_time", "shuffle_buffer", "num_images", "decoded_side"),
+    *("knn_every", "max_time", "shuffle_buffer", "num_images"),
 )
-_NOT_NEGATIVE = ("lr", "weight_decay", "warmup_epochs", "rotate", "workers", "memory_limit")
+_NOT_NEGATIVE = ("lr", "weight_decay", "warmup_epochs", "rotate", "workers")
 _PROBABILITIES = ("target_decay", "flip", "jitter", "blur", "solarize", "crop_scale")
 
 
@@ -317,17 +321,14 @@ def _check_companions(config: PretrainConfig) -> None:
             raise ByolTimmError(f"--{name} ({getattr(config, name)}) needs --streaming. Remove it")
     if config.streaming and config.image_share != 1:
         raise ByolTimmError(f"--image_share ({config.image_share:g}) does not work with --streaming. Remove one")
-    if config.streaming and config.memory_limit != PretrainConfig.memory_limit:
-        raise ByolTimmError(
-            f"--memory_limit ({config.memory_limit:g}) does not work with --streaming, which caches no decoded "
-            "images. Use --shuffle_buffer"
-        )
-    if config.streaming and config.decoded_cache is not None:
-        raise ByolTimmError(f"--decoded_cache ({config.decoded_cache}) does not work with --streaming. Remove one")
-    if config.fast_jpeg and config.decoded_cache is not None:
-        raise ByolTimmError("--fast_jpeg does not work with --decoded_cache, which decodes images once. Remove one")
-    if config.decoded_side is not None and config.decoded_cache is None:
-        raise ByolTimmError(f"--decoded_side ({config.decoded_side}) needs --decoded_cache. Name a folder with it")
+    if config.streaming and config.cache in ("ram", "disk"):
+        raise ByolTimmError(f"--cache {config.cache} does not work with --streaming. Use --shuffle_buffer")
+    if config.fast_jpeg and config.cache in ("ram", "disk"):
+        raise ByolTimmError(f"--fast_jpeg does not work with --cache {config.cache}, which decodes once. Remove one")
+    if config.cache == "disk" and config.cache_dir is None:
+        raise ByolTimmError("--cache disk needs --cache_dir. Name a folder on a fast disk with it")
+    if config.cache_dir is not None and config.cache != "disk":
+        raise ByolTimmError(f"--cache_dir ({config.cache_dir}) needs --cache disk. Add it or remove both")
 
 
 def check_seed(seed: int) -> None:

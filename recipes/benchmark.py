@@ -2,7 +2,7 @@
 
     python recipes/benchmark.py --backbone resnet18 --image_size 32 --batch_size 256
     python recipes/benchmark.py --parts augmentation --image_size 224 --batch_size 32 --threads 1 --against lightly
-    python recipes/benchmark.py --parts loop --dataset path/to/images --image_size 224 --memory_limit 0
+    python recipes/benchmark.py --parts loop --dataset path/to/images --image_size 224 --cache none
 
 Each part measures a few candidates that do the same work, in turns in one process, so that whatever else the machine
 does affects all of them. Without --dataset the images are crops of two photographs that come with scikit-learn.
@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from byol_timm import BYOL, TwoViews, create_encoder
 from byol_timm.cli import output_file, parse, run
-from byol_timm.data import Batch, Images, TrainingBatches, copied_ahead, open_dataset
+from byol_timm.data import Batch, Images, TrainingBatches, copied_ahead, open_cache, open_dataset
 from byol_timm.encoders import encoder_width, has_convolutions
 from byol_timm.errors import ByolTimmError
 from byol_timm.files import write_json
@@ -67,8 +67,10 @@ class BenchmarkConfig:
     """Images for `loop`, as for pretrain.py (default: JPEG files of 500x375 photographs)."""
     workers: int | None = None
     """Data-loading workers (default: one per core, at most 8)."""
-    memory_limit: float = 2.0
-    """GB of images of one shape to hold decoded in memory; with 0, `loop` decodes all the time."""
+    cache: Literal["ram", "disk", "none"] | None = None
+    """Where `loop` keeps decoded images, as for pretrain.py."""
+    cache_dir: str | None = None
+    """With --cache disk: folder for the decoded images."""
     rounds: int = 5
     """Rounds in which all candidates are measured in turns; results are medians over them."""
     seconds: float = 1.0
@@ -294,12 +296,11 @@ def loop(config: BenchmarkConfig, images: Images, device: torch.device) -> Part:
     precomputed = precomputed_views(config, device, layout)
     waited = total = 0.0
     with TrainingBatches(
-        images,
+        open_cache(images, config.cache, config.cache_dir, workers=config.workers),
         batch_size=config.batch_size,
         global_batch=config.batch_size,
         cut=our_views(config).cut,
         workers=config.workers,
-        memory_limit=config.memory_limit * 2**30,
     ) as batches:
         stream = copied_ahead(iter(batches), device)
 

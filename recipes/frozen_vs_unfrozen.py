@@ -279,7 +279,6 @@ def fill(folder: Path, comparison: Comparison, settings: PretrainConfig, origin:
         *normalization(encoder, settings.in_chans),
         channels_last=has_convolutions(encoder),
         workers=settings.workers,
-        memory_limit=settings.memory_limit * 2**30,
     )
     start = time.monotonic()
     for cell, metrics in evaluate(encoder, missing, splits, preparation, comparison):

@@ -34,7 +34,7 @@ OWNERS = {
     "huggingface_hub": {"encoders/hub", "encoders/card", "encoders/fetch"},
     "joblib": {"training/processes"},
     "matplotlib": {"report"},
-    "psutil": {"training/processes"},
+    "psutil": {"data/cache", "training/processes"},
     "sklearn": {"evaluation/classifier", "report", "data/opening"},
     "scipy": {"evaluation/metrics"},
     "tyro": {"cli"},

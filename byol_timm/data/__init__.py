@@ -24,8 +24,8 @@ from .batches import (
 from .batches import (
     subset_indices as subset_indices,
 )
+from .cache import Cache as Cache
 from .cache import open_cache as open_cache
-from .cache import shrink as shrink
 from .decoding import BadImage as BadImage
 from .decoding import decode as decode
 from .folders import EXTENSIONS as EXTENSIONS

@@ -12,18 +12,16 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from tqdm import tqdm
 
 from ..errors import ByolTimmError
-from .decoding import BadImage
+from .cache import Decoded
+from .decoding import BadImage, Reduction
 from .images import Images, readable
 from .workers import MAX_BAD, PREFETCH, BadImages, OnBadImage, in_workers, worker_count
 
 logger = logging.getLogger(__name__)
 
 Array = NDArray[Any]
-# Of an answer while images are decoded into memory: little, as the shared memory of containers is.
-LOAD_BYTES = 2**21
 
 
 @dataclass(frozen=True)
@@ -77,11 +75,11 @@ class TrainingBatches:
     Step k trains on the images [(k % steps) * global_batch, + global_batch) of `epoch_order(seed, k // steps, n)`,
     steps = n // global_batch, whatever the number of processes, the batch size and the number of workers: micro-batch
     m of process r is the slice at (m * world + r) * batch_size of them.
-    Images that all decode to one shape are held in memory up to `memory_limit` bytes and come whole; else `workers`
-    processes (None: one per core, at most 8; 0: this one) decode and come with what `cut(image, ordinal)` made;
-    JPEG is decoded as many times smaller as `reduction(ordinal, height, width)` allows, if given.
+    Images that `open_cache` stored as planes come whole. Of others, `workers` processes (None: one per core, at most 8;
+    0: this one) make crops by `cut(image, ordinal)`; they decode JPEG smaller by the factor `reduction(ordinal, height,
+    width)`, if given. `pin`: for training on CUDA.
     An image that cannot be read is replaced by the next one that can, and noted in `bad`; more than 5 % of them, or
-    any with `on_bad_image="error"`, end it all with a `ByolTimmError`.
+    any with `on_bad_image="error"`, raise `ByolTimmError`.
     """
 
     def __init__(
@@ -97,31 +95,35 @@ class TrainingBatches:
         seed: int = 0,
         start_step: int = 0,
         workers: int | None = None,
-        memory_limit: float = 2 * 2**30,
         on_bad_image: OnBadImage = "skip",
+        pin: bool = False,
     ) -> None:
         check_batch(len(images), batch_size, global_batch, world)
         self.images, self.seed, self.start_step = images, seed, start_step
         self.batch_size, self.global_batch, self.rank, self.world = batch_size, global_batch, rank, world
-        self.workers = workers
+        self.workers, self.pin = workers, pin
         self.bad = BadImages(images.name, len(images), on_bad_image)
         self._cut, self._reduction = cut, reduction
         self._running: Generator[Batch] | None = None
-        self._pixels = self._load(memory_limit)
+        source = images.source
+        self._decoded = source if isinstance(source, Decoded) and source.planes else None
+        if self._decoded is not None:
+            self.bad.note(self._decoded.bad_among(images))
+            self.bad.check(len(self.bad), len(images))
 
     @property
     def in_memory(self) -> bool:
-        """Whether all images are held decoded."""
-        return self._pixels is not None
+        """True if images come whole from a file of decoded images."""
+        return self._decoded is not None
 
     @property
     def ahead(self) -> int:
-        """Batches that workers prepare before they are asked for."""
+        """Return how many batches workers prepare in advance."""
         return 0 if self.in_memory else PREFETCH * worker_count(self.workers)
 
     def __iter__(self) -> Iterator[Batch]:
         self.close()
-        self._running = self._from_memory(self._pixels) if self._pixels is not None else self._from_workers()
+        self._running = self._crops() if self._decoded is None else self._whole(self._decoded)
         return self._running
 
     def __enter__(self) -> "TrainingBatches":
@@ -145,54 +147,20 @@ class TrainingBatches:
             batch = ordinals[place * self.global_batch :][: self.global_batch]
             yield from batch.split(self.batch_size)[self.rank :: self.world]
 
-    def _from_memory(self, pixels: Tensor) -> Generator[Batch]:
-        shape, pin = (self.batch_size, *pixels.shape[1:]), torch.cuda.is_available()
+    def _whole(self, decoded: Decoded) -> Generator[Batch]:
+        pixels, places = decoded.pixels(), decoded.places(self.images.rows)
         for ordinals in self._ordinals():
-            images = torch.empty(shape, dtype=torch.uint8, pin_memory=pin)
-            torch.index_select(pixels, 0, ordinals % len(pixels), out=images)
+            images = torch.empty(self.batch_size, *pixels.shape[1:], dtype=torch.uint8, pin_memory=self.pin)
+            torch.index_select(pixels, 0, places[ordinals % len(places)], out=images)
             yield Batch(images, None, ordinals)
 
-    def _from_workers(self) -> Generator[Batch]:
-        crops = self._cut(next(readable(self.images, 100, self.images.decode)), 0)
-        reader = _CropReader(self.images, self._cut, self._reduction)
-        seen = replaced = 0
-        answers = in_workers(reader, self._ordinals(), worker_count(self.workers), crops.numel() * self.batch_size)
-        with contextlib.closing(answers):
-            for crops, ordinals, bad in answers:
-                self.bad.note(bad)
-                seen += len(ordinals)
-                replaced += sum(ordinal % len(self.images) in bad for ordinal in ordinals.tolist())
-                self.bad.check(replaced, seen)
-                self.bad.check(len(self.bad), len(self.images))
-                yield Batch(None, crops, ordinals)
-
-    def _load(self, limit: float) -> Tensor | None:
-        """All images, uint8 [N, C, H, W], or None if they differ in shape or take more than `limit` bytes."""
-        n = len(self.images)
-        shape, *others = {image.shape for image in readable(self.images, 16, self.images.decode)}
-        if others or n * shape.numel() > limit:
-            return None
-        pixels, good = torch.empty(n, *shape, dtype=torch.uint8), torch.zeros(n, dtype=torch.bool)
-        chunk = max(1, min(256, LOAD_BYTES // shape.numel()))
-        workers = worker_count(self.workers, n * shape.numel())
-        reader = _ImageReader(self.images, _SameShape(shape))
-        answers = in_workers(reader, torch.arange(n).split(chunk), workers, chunk * shape.numel())
-        bar = tqdm(total=n, unit="image", desc="decoding", disable=True if self.rank else None)
-        try:
-            with contextlib.closing(answers), bar:
-                for decoded, indices, bad in answers:
-                    self.bad.note(bad)
-                    self.bad.check(len(self.bad), n)
-                    if len(indices):
-                        pixels[indices], good[indices] = decoded, True
-                    bar.update(len(indices) + len(bad))
-        except _OtherShape:
-            self.bad.clear()
-            return None
-        whole = good.nonzero()[:, 0]
-        for index in self.bad:
-            pixels[index] = pixels[whole[torch.searchsorted(whole, index) % len(whole)]]
-        return pixels
+    def _crops(self) -> Generator[Batch]:
+        example = self._cut(next(readable(self.images, 100, self.images.decode)), 0)
+        reader = CropReader(_ImageOrNext(self.images), self._cut, self._reduction)
+        requests = ((ordinals, (ordinals % len(self.images)).tolist()) for ordinals in self._ordinals())
+        num_bytes = example.numel() * self.batch_size
+        answers = in_workers(reader, requests, worker_count(self.workers), num_bytes, self.pin)
+        return checked(answers, self.bad)
 
 
 def check_batch(num_images: int, batch_size: int, global_batch: int, world: int) -> None:
@@ -314,55 +282,63 @@ class _ImageReader:
         return torch.stack(pixels) if pixels else torch.empty(0), torch.tensor(good, dtype=torch.int64), bad
 
 
-class _CropReader:
-    """Answers a request for ordinals with crops, the ordinals, and the images that others had to replace.
+class CropReader:
+    """Answer ordinals, each with an item to read, with crops, the ordinals, and the reasons why items are bad.
 
-    No crops if no image can be read among more in a row than may be bad in all.
+    find: `(ordinal, item, reduction, bad)` to an image, the item's or a replacement for it, and True if it is the
+    item's; notes bad items in `bad`. No image: there are no crops in the answer.
     """
 
     def __init__(
         self,
-        images: Images,
+        find: Callable[[int, Any, Reduction | None, dict[int, str]], tuple[Tensor | None, bool]],
         cut: Callable[[Tensor, int], Tensor],
         reduction: Callable[[int, int, int], int] | None,
     ) -> None:
-        self.images, self.cut, self.reduction = images, cut, reduction
-        self.known_bad: dict[int, str] = {}
+        self.find, self.cut, self.reduction = find, cut, reduction
 
-    def __getitem__(self, ordinals: Tensor) -> tuple[Tensor, Tensor, dict[int, str]]:
+    def __getitem__(self, request: tuple[Tensor, Sequence[Any]]) -> tuple[Tensor, Tensor, dict[int, str], int]:
         crops: list[Tensor] = []
         bad: dict[int, str] = {}
-        for ordinal in ordinals.tolist():
-            image = self._decode(ordinal, bad)
+        replaced = 0
+        for ordinal, item in zip(request[0].tolist(), request[1], strict=True):
+            image, own = self.find(ordinal, item, self.reduction and partial(self.reduction, ordinal), bad)
             if image is None:
-                return torch.empty(0), ordinals, bad
+                return torch.empty(0), request[0], bad, len(request[0])
             crops.append(self.cut(image, ordinal))
-        return torch.stack(crops), ordinals, bad
+            replaced += not own
+        return torch.stack(crops), request[0], bad, replaced
 
-    def _decode(self, ordinal: int, bad: dict[int, str]) -> Tensor | None:
-        index, reduction = ordinal % len(self.images), self.reduction and partial(self.reduction, ordinal)
+
+def checked(answers: Generator[Any], bad: BadImages) -> Generator[Batch]:
+    """Yield the batches that a `CropReader` answers; raise `ByolTimmError` at too many bad images."""
+    seen = all_replaced = 0
+    with contextlib.closing(answers):
+        for crops, ordinals, reasons, replaced in answers:
+            bad.note(reasons)
+            seen += len(ordinals)
+            all_replaced += replaced
+            bad.check(all_replaced, seen)
+            bad.check(len(bad), bad.num_images)
+            yield Batch(None, crops, ordinals)
+
+
+class _ImageOrNext:
+    """Find the image of an index, or the next one that can be read; none among more in a row than may be bad in all."""
+
+    def __init__(self, images: Images) -> None:
+        self.images = images
+        self.known_bad: dict[int, str] = {}
+
+    def __call__(
+        self, ordinal: int, index: int, reduction: Reduction | None, bad: dict[int, str]
+    ) -> tuple[Tensor | None, bool]:
         for candidate in range(index, index + int(MAX_BAD * len(self.images)) + 2):
-            candidate %= len(self.images)
-            if candidate not in self.known_bad:
+            number = candidate % len(self.images)
+            if number not in self.known_bad:
                 try:
-                    return self.images.decode(candidate, reduction)
+                    return self.images.decode(number, reduction), candidate == index
                 except BadImage as reason:
-                    self.known_bad[candidate] = f"{self.images.describe(candidate)}: {reason}"
-            bad[candidate] = self.known_bad[candidate]
-        return None
-
-
-class _OtherShape(Exception):
-    """An image is not of the shape that all were thought to have."""
-
-
-class _SameShape:
-    """Passes on images of one shape."""
-
-    def __init__(self, shape: torch.Size) -> None:
-        self.shape = shape
-
-    def __call__(self, image: Tensor) -> Tensor:
-        if image.shape != self.shape:
-            raise _OtherShape(str(image.shape))
-        return image
+                    self.known_bad[number] = f"{self.images.describe(number)}: {reason}"
+            bad[number] = self.known_bad[number]
+        return None, False

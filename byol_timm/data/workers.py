@@ -11,7 +11,6 @@ import threading
 from collections.abc import Generator, Iterable, Iterator
 from typing import Any, Literal
 
-import torch
 from torch.utils.data import DataLoader
 
 from ..errors import ByolTimmError
@@ -36,19 +35,20 @@ class WorkerError(ByolTimmError):
 class BadImages(dict[int, str]):
     """Images of a data set that cannot be read and were replaced, each with the reason."""
 
-    def __init__(self, name: str, num_images: int, on_bad_image: OnBadImage) -> None:
+    def __init__(self, name: str, num_images: int, on_bad_image: OnBadImage, *, quiet: bool = False) -> None:
         super().__init__()
+        self.quiet = quiet
         self.name, self.num_images, self.on_bad_image = name, num_images, on_bad_image
 
     def note(self, bad: dict[int, str]) -> None:
         """Remember and report images that cannot be read."""
         for index, reason in bad.items():
             if self.on_bad_image == "error":
-                raise ByolTimmError(f"image cannot be read: {reason}. Mend or remove it, or use --on_bad_image skip")
+                raise ByolTimmError(f"image cannot be read: {reason}. Repair or delete it, or use --on_bad_image skip")
             if index not in self:
                 self[index] = reason
-                if len(self) % 1000 == 1:
-                    logger.warning("image cannot be read, another one takes its place (%d): %s", len(self), reason)
+                if len(self) % 1000 == 1 and not self.quiet:
+                    logger.warning("unreadable image replaced (%d so far): %s", len(self), reason)
 
     def check(self, count: int, seen: int) -> None:
         """Stop when too many images cannot be read."""
@@ -59,8 +59,13 @@ class BadImages(dict[int, str]):
             )
 
 
-def in_workers(reader: Any, requests: Iterable[Any], workers: int, request_bytes: int) -> Generator[Any]:
-    """The reader's answers to the requests, in their order, prepared by worker processes."""
+def in_workers(
+    reader: Any, requests: Iterable[Any], workers: int, request_bytes: int, pin: bool = False
+) -> Generator[Any]:
+    """Yield the reader's answers to the requests, in their order, prepared by worker processes.
+
+    pin: put them into memory that CUDA copies from while other work runs.
+    """
     if workers:
         _check_shared_memory(request_bytes * (workers * PREFETCH + 1))
     loader: DataLoader[Any] = DataLoader(
@@ -71,7 +76,7 @@ def in_workers(reader: Any, requests: Iterable[Any], workers: int, request_bytes
         prefetch_factor=PREFETCH if workers else None,
         timeout=WORKER_POLL if workers else 0,
         worker_init_fn=_start_worker,
-        pin_memory=torch.cuda.is_available(),
+        pin_memory=pin,
     )
     answers, waited = _started(loader), 0.0
     fault = f"data loading gave nothing for {WORKER_TIMEOUT:.0f} s"

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..data import Images, TrainingBatches, epoch_order
+from ..data import Images, TrainingBatches, epoch_order, open_cache
 from ..encoders import encoder_width
 from ..errors import ByolTimmError
 from ..training import learning_rate
@@ -312,13 +312,12 @@ def augmented(images: Images, preparation: Preparation, protocol: Protocol, devi
     labels = torch.tensor(images.labels)
     batch_size = min(protocol.batch_size, len(images))
     batches = TrainingBatches(
-        images,
+        open_cache(images, None, workers=preparation.workers, poll=preparation.poll or (lambda: None)),
         batch_size=batch_size,
         global_batch=batch_size,
         cut=views.cut,
         seed=seed,
         workers=preparation.workers,
-        memory_limit=preparation.memory_limit,
     )
     with batches:
         for batch in batches:

@@ -58,7 +58,7 @@ class Preparation:
     """How images become the input of an encoder, and how they are read.
 
     transform: of an image to uint8 [C, H, W]. mean, std: of pixels in 0..1, per channel or one for all.
-    workers: data-loading processes, and memory_limit: bytes of decoded images in memory during training, as in `data`.
+    workers: data-loading workers.
     poll: called before every batch; may raise an error to interrupt.
     """
 
@@ -67,7 +67,6 @@ class Preparation:
     std: tuple[float, ...]
     channels_last: bool = False
     workers: int | None = None
-    memory_limit: float = 2 * 2**30
     poll: Callable[[], None] | None = None
 
     @property

@@ -46,8 +46,8 @@ def rehearse(plan: Plan, run: Run) -> nn.Module:
     for line in [*_paper_lines(plan), "", *_cost_lines(plan, run, seconds)]:
         logger.info(line)
     logger.info("\nDry run finished. Nothing was saved except %s", picture)
-    if plan.settings.decoded_cache is not None:
-        logger.info("The dry run decoded images itself; the run will read them from --decoded_cache")
+    if plan.settings.cache == "disk":
+        logger.info("The dry run decoded images itself; the run will read them from --cache_dir")
     return untrained.eval()
 
 

@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Any
 
-from ..data import Batch, Splits, StreamBatches, StreamSplits, TrainingBatches, copied_ahead, open_cache
+from ..data import Batch, Cache, Splits, StreamBatches, StreamSplits, TrainingBatches, copied_ahead, open_cache
 from ..errors import ByolTimmError
 from ..training import Interrupted
 from .launch import Run
@@ -13,14 +13,14 @@ from .plan import Plan
 class StepReader:
     """Read the batches of this process, step by step from `start`, and copy them ahead to a GPU.
 
-    caches: False decodes images as they come, for a dry run. As a context manager, it ends its workers.
+    caches: False writes no cache on disk, for a dry run. As a context manager, it ends its workers.
     """
 
     def __init__(self, plan: Plan, run: Run, start: int = 0, *, caches: bool = True) -> None:
         self._plan, self._run = plan, run
         self._count = run.accelerator.gradient_accumulation_steps
-        splits = self._decoded(start) if caches else plan.splits
-        self._batches = self._open(splits, start)
+        cache = "none" if plan.settings.cache == "disk" and not caches else plan.settings.cache
+        self._batches = self._open(self._cached(cache, start), start)
         self._stream = copied_ahead(iter(self._batches), run.accelerator.device)
 
     @property
@@ -58,15 +58,16 @@ class StepReader:
             reduction=views.reduction if settings.fast_jpeg else None,
             workers=settings.workers,
             on_bad_image=settings.on_bad_image,
+            pin=self._run.accelerator.device.type == "cuda",
         )
         if isinstance(splits, StreamSplits):
             return StreamBatches(splits.train, splits.bank, shuffle_buffer=settings.shuffle_buffer or 0, **arguments)
-        return TrainingBatches(splits.train, memory_limit=int(settings.memory_limit * 2**30), **arguments)
+        return TrainingBatches(splits.train, **arguments)
 
-    def _decoded(self, start: int) -> Splits | StreamSplits:
-        """Return the splits with decoded training images if the settings ask for it."""
+    def _cached(self, cache: Cache | None, start: int) -> Splits | StreamSplits:
+        """Return the splits, the training images from that cache."""
         settings, splits = self._plan.settings, self._plan.splits
-        if settings.decoded_cache is None or isinstance(splits, StreamSplits):
+        if isinstance(splits, StreamSplits):
             return splits
 
         def poll() -> None:
@@ -75,8 +76,8 @@ class StepReader:
 
         train = open_cache(
             splits.train,
-            settings.decoded_cache,
-            side=settings.decoded_side,
+            cache,
+            settings.cache_dir,
             workers=settings.workers,
             on_bad_image=settings.on_bad_image,
             poll=poll,

@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 
 # Fields that may differ between a run and its continuation; all others decide the weights.
 MAY_CHANGE = ORDERS | frozenset(
-    "batch_size save_every log_every knn_every on_collapse report_to license workers memory_limit decoded_cache "
+    "batch_size save_every log_every knn_every on_collapse report_to license workers cache cache_dir "
     "on_bad_image".split()
 )
 # Fields that decide the shapes of projector and predictor.

@@ -19,6 +19,7 @@ from byol_timm.data import (
     epoch_order,
     evaluation_batches,
     load_pixels,
+    open_cache,
     open_dataset,
     subset_indices,
     workers,
@@ -62,10 +63,10 @@ def test_images_of_a_step_do_not_depend_on_how_it_is_cut(world, accumulation):
         assert torch.equal(ordinals, order + epoch * len(images))
 
 
-@pytest.mark.parametrize("memory_limit", [0, 2**30])
-def test_resuming_gives_the_rest_of_the_same_batches(memory_limit):
-    images = open_dataset().train.subset(range(50))
-    settings = dict(batch_size=5, global_batch=20, cut=VIEWS.cut, seed=3, workers=0, memory_limit=memory_limit)
+@pytest.mark.parametrize("cache", ["none", "ram"])
+def test_resuming_gives_the_rest_of_the_same_batches(cache):
+    images = open_cache(open_dataset().train.subset(range(50)), cache)
+    settings = dict(batch_size=5, global_batch=20, cut=VIEWS.cut, seed=3, workers=0)
     whole = take(TrainingBatches(images, **settings), 28)
     rest = take(TrainingBatches(images, start_step=5, **settings), 8)
     for batch, again in zip(whole[20:], rest, strict=True):
@@ -92,7 +93,8 @@ def photos(tmp_path_factory):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_batches_in_memory_hold_the_decoded_images(photos, workers):
     images = open_dataset(photos).train
-    batches = TrainingBatches(images, batch_size=10, global_batch=20, cut=VIEWS.cut, workers=workers)
+    cached = open_cache(images, None, workers=workers)
+    batches = TrainingBatches(cached, batch_size=10, global_batch=20, cut=VIEWS.cut)
     assert batches.in_memory
     for batch in take(batches, 20):
         assert batch.crops is None and batch.images.dtype == torch.uint8
@@ -104,9 +106,12 @@ def test_batches_in_memory_hold_the_decoded_images(photos, workers):
 def test_workers_give_the_crops_of_the_same_images(photos, workers):
     images = open_dataset(photos).train
     settings = dict(batch_size=10, global_batch=20, cut=VIEWS.cut)
-    batches = TrainingBatches(images, workers=workers, memory_limit=0, **settings)
+    batches, whole = (
+        TrainingBatches(images, workers=workers, **settings),
+        TrainingBatches(open_cache(images, None), **settings),
+    )
     assert not batches.in_memory
-    for batch, held in zip(take(batches, 20), take(TrainingBatches(images, **settings), 20), strict=True):
+    for batch, held in zip(take(batches, 20), take(whole, 20), strict=True):
         assert batch.images is None and torch.equal(batch.ordinals, held.ordinals)
         assert batch.crops.shape == (10, 2, 3, 16, 16) and batch.crops.dtype == torch.uint8
         for crops, pixels, ordinal in zip(batch.crops, held.images, batch.ordinals.tolist(), strict=True):
@@ -119,7 +124,10 @@ def test_one_image_of_another_shape_sends_all_to_the_workers(photos, tmp_path):
     photo(16, 20).save(tmp_path / "13.png")
     images = open_dataset(str(tmp_path)).train
     assert images.decode(13).shape == (3, 20, 16)
-    batches = TrainingBatches(images, batch_size=40, global_batch=40, cut=VIEWS.cut, workers=0)
+    assert open_cache(images, None, workers=0) is images
+    batches = TrainingBatches(
+        open_cache(images, "ram", workers=0), batch_size=40, global_batch=40, cut=VIEWS.cut, workers=0
+    )
     assert not batches.in_memory
     assert take(batches, 1)[0].crops.shape == (40, 2, 3, 16, 16)
 
@@ -153,7 +161,7 @@ def test_reduced_decoding_changes_only_crops_that_are_shrunk_and_these_a_little(
     sizes = [(20, 16), (400, 300)]
     write_folder(tmp_path, [f"{place}.jpg" for place in range(20)], lambda place: photo(*sizes[place % 2], place))
     images = open_dataset(str(tmp_path)).train
-    settings = dict(batch_size=20, global_batch=20, cut=VIEWS.cut, memory_limit=0, workers=0)
+    settings = dict(batch_size=20, global_batch=20, cut=VIEWS.cut, workers=0)
     [exact] = take(TrainingBatches(images, **settings), 1)
     [reduced] = take(TrainingBatches(images, reduction=VIEWS.reduction, **settings), 1)
     assert torch.equal(exact.ordinals, reduced.ordinals)
@@ -164,10 +172,10 @@ def test_reduced_decoding_changes_only_crops_that_are_shrunk_and_these_a_little(
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("memory_limit", [0, 2**30])
-def test_batches_travel_ahead_to_a_gpu_as_they_are(photos, memory_limit):
-    images, device = open_dataset(photos).train, torch.device("cuda")
-    settings = dict(batch_size=10, global_batch=10, cut=VIEWS.cut, workers=0, memory_limit=memory_limit)
+@pytest.mark.parametrize("cache", ["none", "ram"])
+def test_batches_travel_ahead_to_a_gpu_as_they_are(photos, cache):
+    images, device = open_cache(open_dataset(photos).train, cache), torch.device("cuda")
+    settings = dict(batch_size=10, global_batch=10, cut=VIEWS.cut, workers=0, pin=True)
     sent = []
     with TrainingBatches(images, **settings) as batches:
         for batch in itertools.islice(copied_ahead(iter(batches), device), 40):
@@ -182,11 +190,14 @@ def test_batches_travel_ahead_to_a_gpu_as_they_are(photos, memory_limit):
 
 
 def test_on_a_cpu_batches_are_handed_on_untouched(photos):
-    with TrainingBatches(open_dataset(photos).train, batch_size=10, global_batch=10, cut=VIEWS.cut) as batches:
+    images = open_cache(open_dataset(photos).train, None)
+    with TrainingBatches(images, batch_size=10, global_batch=10, cut=VIEWS.cut) as batches:
         stream = iter(batches)
         assert copied_ahead(stream, torch.device("cpu")) is stream
         batch = next(stream)
         assert batch.to(torch.device("cpu")).images is batch.images
+        # Also on a machine with a GPU that this run does not use.
+        assert not batch.images.is_pinned()
 
 
 # Bad images
@@ -206,14 +217,13 @@ def spoilt(tmp_path):
     return open_dataset(folder).train
 
 
-@pytest.mark.parametrize(("memory_limit", "workers"), [(2**30, 0), (0, 0), (0, 2)])
-def test_bad_images_are_replaced_by_the_next_that_can_be_read(spoilt, memory_limit, workers, caplog):
+@pytest.mark.parametrize(("cache", "workers"), [("ram", 0), ("none", 0), ("none", 2)])
+def test_bad_images_are_replaced_by_the_next_that_can_be_read(spoilt, cache, workers, caplog):
     batches = TrainingBatches(
-        spoilt,
+        open_cache(spoilt, cache, workers=workers),
         batch_size=20,
         global_batch=60,
         cut=lambda image, _: image.expand(2, -1, -1, -1),
-        memory_limit=memory_limit,
         workers=workers,
     )
     seen = {}
@@ -229,16 +239,15 @@ def test_bad_images_are_replaced_by_the_next_that_can_be_read(spoilt, memory_lim
     assert len(messages) == 1 and ".png: " in messages[0]
 
 
-@pytest.mark.parametrize("memory_limit", [2**30, 0])
-def test_a_bad_image_is_an_error_where_asked_for(spoilt, memory_limit):
+@pytest.mark.parametrize("cache", ["ram", "none"])
+def test_a_bad_image_is_an_error_where_asked_for(spoilt, cache):
     with pytest.raises(ByolTimmError, match=r"(7|8|59)\.png: .*--on_bad_image") as error:
         take(
             TrainingBatches(
-                spoilt,
+                open_cache(spoilt, cache, workers=0, on_bad_image="error"),
                 batch_size=20,
                 global_batch=60,
                 cut=VIEWS.cut,
-                memory_limit=memory_limit,
                 workers=0,
                 on_bad_image="error",
             ),
@@ -247,19 +256,18 @@ def test_a_bad_image_is_an_error_where_asked_for(spoilt, memory_limit):
     one_line(error)
 
 
-@pytest.mark.parametrize(("memory_limit", "workers"), [(2**30, 0), (0, 0), (0, 2)])
+@pytest.mark.parametrize(("cache", "workers"), [("ram", 0), ("none", 0), ("none", 2)])
 @pytest.mark.parametrize("bad", [range(4), range(0, 60, 2), range(30)])
-def test_too_many_bad_images_stop_the_run(tmp_path, memory_limit, workers, bad):
+def test_too_many_bad_images_stop_the_run(tmp_path, cache, workers, bad):
     folder = write_folder(tmp_path, [f"{place}.png" for place in range(60)])
     spoil(folder, [f"{place}.png" for place in bad])
     with pytest.raises(ByolTimmError, match=r"of \d+ images of .* cannot be read; the first: \d+\.png: ") as error:
         take(
             TrainingBatches(
-                open_dataset(folder).train,
+                open_cache(open_dataset(folder).train, cache, workers=workers),
                 batch_size=20,
                 global_batch=60,
                 cut=VIEWS.cut,
-                memory_limit=memory_limit,
                 workers=workers,
             ),
             3,
@@ -271,7 +279,7 @@ def test_a_cluster_of_bad_images_counts_once_each(tmp_path):
     folder = write_folder(tmp_path, [f"{place}.png" for place in range(400)])
     spoil(folder, [f"{place}.png" for place in range(100, 118)])
     images = open_dataset(folder).train
-    batches = TrainingBatches(images, batch_size=100, global_batch=100, cut=VIEWS.cut, memory_limit=0, workers=0)
+    batches = TrainingBatches(images, batch_size=100, global_batch=100, cut=VIEWS.cut, workers=0)
     take(batches, 12)
     assert sorted(batches.bad) == list(range(100, 118))
 
@@ -283,7 +291,8 @@ def test_nothing_readable_is_an_error(tmp_path):
     images = open_dataset(folder).train
     for attempt in (
         images.side,
-        lambda: TrainingBatches(images, batch_size=2, global_batch=2, cut=VIEWS.cut),
+        lambda: open_cache(images, None),
+        lambda: next(iter(TrainingBatches(images, batch_size=2, global_batch=2, cut=VIEWS.cut))),
         lambda: load_pixels(images, EvaluationTransform(16)),
     ):
         with pytest.raises(ByolTimmError, match=r"no image of .* can be read \(4\.png: the file is empty") as error:
@@ -328,7 +337,7 @@ def test_a_killed_worker_is_told_in_one_line(monkeypatch):
     monkeypatch.setattr(workers, "WORKER_POLL", 0.5)
     images = open_dataset().train
     with pytest.raises(workers.WorkerError, match=r"data loading worker.*--workers 0") as error:
-        take(TrainingBatches(images, batch_size=8, global_batch=8, cut=kill_worker, memory_limit=0, workers=2), 50)
+        take(TrainingBatches(images, batch_size=8, global_batch=8, cut=kill_worker, workers=2), 50)
     one_line(error)
     assert error.value.exit_code == 1
     assert not multiprocessing.active_children()
@@ -336,9 +345,7 @@ def test_a_killed_worker_is_told_in_one_line(monkeypatch):
 
 def test_the_death_of_a_worker_does_not_interrupt_the_main_process(monkeypatch):
     monkeypatch.setattr(workers, "WORKER_POLL", 0.5)
-    batches = TrainingBatches(
-        open_dataset().train, batch_size=8, global_batch=8, cut=VIEWS.cut, memory_limit=0, workers=1
-    )
+    batches = TrainingBatches(open_dataset().train, batch_size=8, global_batch=8, cut=VIEWS.cut, workers=1)
     with batches:
         stream = iter(batches)
         next(stream)
@@ -354,23 +361,19 @@ def test_a_hanging_worker_is_told_in_one_line(monkeypatch):
     monkeypatch.setattr(workers, "WORKER_TIMEOUT", 1.0)
     images = open_dataset().train
     with pytest.raises(workers.WorkerError, match=r"nothing for 1 s.*--workers 0") as error:
-        take(TrainingBatches(images, batch_size=8, global_batch=8, cut=hang, memory_limit=0, workers=1), 1)
+        take(TrainingBatches(images, batch_size=8, global_batch=8, cut=hang, workers=1), 1)
     one_line(error)
     assert not multiprocessing.active_children()
 
 
 def test_workers_end_with_the_batches(photos):
-    batches = TrainingBatches(
-        open_dataset(photos).train, batch_size=8, global_batch=8, cut=VIEWS.cut, memory_limit=0, workers=2
-    )
+    batches = TrainingBatches(open_dataset(photos).train, batch_size=8, global_batch=8, cut=VIEWS.cut, workers=2)
     take(batches, 3)
     assert not multiprocessing.active_children()
 
 
 def test_workers_are_out_of_reach_of_ctrl_c():
-    batches = TrainingBatches(
-        open_dataset().train, batch_size=8, global_batch=8, cut=VIEWS.cut, memory_limit=0, workers=1
-    )
+    batches = TrainingBatches(open_dataset().train, batch_size=8, global_batch=8, cut=VIEWS.cut, workers=1)
     with batches:
         next(iter(batches))
         assert os.getpgid(multiprocessing.active_children()[0].pid) != os.getpgid(0)

@@ -459,7 +459,7 @@ def test_what_cannot_be_streamed_is_refused(tmp_path, monkeypatch, name, message
     [
         (dict(num_images=5), r"--num_images \(5\) is for --streaming"),
         (dict(shuffle_buffer=5), r"--shuffle_buffer \(5\) is for --streaming"),
-        (dict(streaming=True, memory_limit=1), "Use --shuffle_buffer"),
+        (dict(streaming=True, cache="ram"), "Use --shuffle_buffer"),
         (dict(streaming=True, image_share=0.5), "Leave out --streaming"),
     ],
 )

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from byol_timm import BYOL, PretrainConfig
-from byol_timm.data import TrainingBatches, open_dataset
+from byol_timm.data import TrainingBatches, open_cache, open_dataset
 from byol_timm.training import Schedule, create_accelerator, prepare, train_step
 from byol_timm.views import AUGMENTATIONS, TwoViews
 
@@ -35,7 +35,7 @@ def take_steps(output: Path, batch_size: int) -> None:
         accelerator.num_processes,
         accelerator.gradient_accumulation_steps,
     )
-    images = open_dataset("digits").train
+    images = open_cache(open_dataset("digits").train, None)
     config = PretrainConfig(batch_size=batch_size, epochs=2, lr=0.4, warmup_epochs=1.1, target_decay=0.95)
     schedule = Schedule.of(config, len(images), world * accumulation)
     assert schedule.steps_per_epoch == STEPS[1]

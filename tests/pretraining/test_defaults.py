@@ -114,7 +114,6 @@ def test_the_folder_is_named_after_backbone_and_data(backbone, dataset, folder):
         dict(max_time=0.0),
         dict(lr=float("nan")),
         dict(workers=-1),
-        dict(memory_limit=-1.0),
         dict(seed=2**64),
         dict(public=True),
     ],

@@ -355,7 +355,7 @@ def test_processes_that_do_not_see_each_other_are_refused(tmp_path):
 
 def test_a_killed_data_worker_ends_the_run_with_a_checkpoint_and_exit_code_1(tmp_path):
     folder = tmp_path / "run"
-    with started(folder, "--epochs", 1000, "--memory_limit", 0, "--workers", 1) as process:
+    with started(folder, "--epochs", 1000, "--cache", "none", "--workers", 1) as process:
         wait_until(lambda: last_step(folder) >= 3, process, folder)
         [worker] = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
         os.kill(int(worker), signal.SIGKILL)

@@ -297,12 +297,12 @@ def test_bad_images_are_replaced_and_named_at_the_end(tmp_path, caplog):
     folder = digits_folder(tmp_path / "images", 64, labelled=True)
     for broken in (folder / "3" / "3.png", folder / "5" / "5.png"):
         broken.write_bytes(broken.read_bytes()[:60])
-    pretrain(quick(tmp_path / "run", dataset=str(folder), batch_size=16, workers=0, memory_limit=0))
+    pretrain(quick(tmp_path / "run", dataset=str(folder), batch_size=16, workers=0, cache="none"))
     assert "2 images could not be read" in caplog.text and "bad_images.txt" in caplog.text
     named = (tmp_path / "run" / "bad_images.txt").read_text().splitlines()
     assert sorted(line.partition(": ")[0] for line in named) == ["3/3.png", "5/5.png"]
     # They stay counted when the run goes on, here from its end.
-    pretrain(quick(tmp_path / "run", dataset=str(folder), batch_size=16, workers=0, memory_limit=0, resume=True))
+    pretrain(quick(tmp_path / "run", dataset=str(folder), batch_size=16, workers=0, cache="none", resume=True))
     assert json.loads((tmp_path / "run" / "results.json").read_text())["bad_images"] == 2
     assert (tmp_path / "run" / "bad_images.txt").read_text().splitlines() == named
     with pytest.raises(ByolTimmError, match=r"3/3\.png|5/5\.png"):
@@ -354,15 +354,16 @@ def test_a_transformer_trains_with_its_own_defaults(tmp_path):
     assert "opt: adamw" in chosen and "num_head_layers: 3" in chosen and "- stem" in chosen
 
 
-def test_images_go_through_workers_and_a_decoded_cache_to_the_same_weights_as_in_process(tmp_path):
+def test_images_of_several_shapes_give_the_same_weights_with_any_cache(tmp_path):
     folder = digits_folder(tmp_path / "images", 40, labelled=False)
-    settings = dict(dataset=str(folder), batch_size=8, memory_limit=0)
+    Image.open(folder / "deep/er/3.png").resize((9, 8)).save(folder / "deep/er/3.png")
+    settings = dict(dataset=str(folder), batch_size=8)
     pretrain(quick(tmp_path / "none", workers=0, **settings))
-    pretrain(quick(tmp_path / "two", workers=2, **settings))
-    pretrain(quick(tmp_path / "cached", workers=0, decoded_cache=str(tmp_path / "decoded"), **settings))
-    assert weights(tmp_path / "none") == weights(tmp_path / "two") == weights(tmp_path / "cached")
-    [pixels] = (tmp_path / "decoded").glob("*/pixels.bin")
-    assert pixels.stat().st_size == 40 * 3 * 8 * 8
+    pretrain(quick(tmp_path / "ram", workers=2, cache="ram", **settings))
+    pretrain(quick(tmp_path / "disk", workers=0, cache="disk", cache_dir=str(tmp_path / "decoded"), **settings))
+    assert weights(tmp_path / "none") == weights(tmp_path / "ram") == weights(tmp_path / "disk")
+    [file] = (tmp_path / "decoded").glob("[!.]*")
+    assert file.stat().st_size > 40 * 3 * 8 * 8
 
 
 def test_dry_run_trains_nothing_shows_the_views_and_leaves_the_folder_to_the_run(tmp_path):
@@ -545,11 +546,12 @@ def test_a_training_state_that_does_not_fit_is_refused_in_one_line(run, tmp_path
         (dict(report_to=("aim",)), "aim needs a package that is not installed"),
         (dict(warmup_epochs=1.0), "--warmup_epochs 1"),
         (
-            dict(decoded_cache="cache", streaming=True),
-            r"--decoded_cache \(cache\) does not work with --streaming",
+            dict(cache="disk", cache_dir="cache", streaming=True),
+            r"--cache disk does not work with --streaming",
         ),
-        (dict(decoded_cache="cache", fast_jpeg=True), "--fast_jpeg does not work with --decoded_cache"),
-        (dict(decoded_side=64), r"--decoded_side \(64\) needs --decoded_cache"),
+        (dict(cache="ram", fast_jpeg=True), "--fast_jpeg does not work with --cache ram"),
+        (dict(cache="disk"), "--cache disk needs --cache_dir"),
+        (dict(cache_dir="cache"), r"--cache_dir \(cache\) needs --cache disk"),
         (dict(image_share=0.5, streaming=True), r"--image_share \(0\.5\) does not work with --streaming"),
         (dict(image_share=0.0), r"--image_share must be above 0 and at most 1 \(0\.0\)"),
         (dict(pretrained=True, training_state="x"), r"--training_state \(x\) replaces all weights"),
