@@ -457,10 +457,10 @@ def test_what_cannot_be_streamed_is_refused(tmp_path, monkeypatch, name, message
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (dict(num_images=5), r"--num_images \(5\) is for --streaming"),
-        (dict(shuffle_buffer=5), r"--shuffle_buffer \(5\) is for --streaming"),
+        (dict(num_images=5), r"--num_images \(5\) needs --streaming"),
+        (dict(shuffle_buffer=5), r"--shuffle_buffer \(5\) needs --streaming"),
         (dict(streaming=True, cache="ram"), "Use --shuffle_buffer"),
-        (dict(streaming=True, image_share=0.5), "Leave out --streaming"),
+        (dict(streaming=True, image_share=0.5), "does not work with --streaming"),
     ],
 )
 def test_settings_that_do_not_go_together_are_refused(settings, message):
