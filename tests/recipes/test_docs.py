@@ -2,17 +2,17 @@
 
 import dataclasses
 import importlib
-import os
 import re
 import shlex
-import subprocess
 import sys
 from pathlib import Path
 
+import collapse
 import pytest
 import timm
 import torch
 from accelerate.commands.launch import launch_command_parser
+from command_line import type_command
 from pictures import digits_table, encoded, photo, write_folder, write_tar
 
 from byol_timm.cli import parse
@@ -21,44 +21,42 @@ from byol_timm.config import PretrainConfig
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "recipes").glob("*.md"))]
 
-FIRST = ["accelerate", "launch", "recipes/pretrain.py", "--backbone", "resnet18"]
+FIRST = "accelerate launch recipes/pretrain.py --backbone resnet18"
+FEW_STEPS = "--image_share 0.2 --epochs 1 --batch_size 256 --hidden_dim 32 --projection_dim 16 --workers 0".split()
 # Commands that need neither the Hub nor other packages, nor minutes.
 ALONE = r"recipes/(?!finetune)\w+\.py(?!.*( user/|--against))"
-FEW_STEPS = "--epochs 1 --batch_size 256 --hidden_dim 32 --projection_dim 16".split()
 # What makes a command of the docs end within seconds, on few small images; everything else is run as it is written.
 SHORT = {
-    "pretrain.py": "--image_size 32 --epochs 1 --batch_size 16 --hidden_dim 32 --projection_dim 16 --overwrite",
+    "pretrain.py": "--image_size 32 --epochs 1 --batch_size 16 --hidden_dim 32 --projection_dim 16 --overwrite "
+    "--workers 0",
+    "knn.py": "--workers 0",
+    "linear_probe.py": "--workers 0",
     "frozen_vs_unfrozen.py": "--dataset path/to/images --image_size 32 --epochs 1 --batch_size 8 --hidden_dim 32 "
     "--projection_dim 16 --label_shares 1 --image_shares 0.5 --seeds 0 --finetune_epochs 1 --finetune_lrs 0.1 "
-    "--finetune_steps 2",
-    "benchmark.py": "--backbone test_resnet --image_size 32 --batch_size 8 --hidden_dim 32 --rounds 1 --seconds 0.01",
+    "--finetune_steps 2 --workers 0",
+    "benchmark.py": "--backbone test_resnet --image_size 32 --batch_size 8 --hidden_dim 32 --rounds 1 --seconds 0.01 "
+    "--workers 0",
 }
 
 
-def blocks(language):
-    """The code blocks of all pages in that language, with the name of their page and their number."""
-    for page in PAGES:
+def blocks(language, pages=PAGES):
+    """The code blocks of the pages in that language, with the name of their page and their number."""
+    for page in pages:
         found = re.findall(rf"^```{language}\n(.*?)^```", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
         yield from (pytest.param(block, id=f"{page.stem}-{number}") for number, block in enumerate(found))
 
 
-def commands(pattern):
-    """The commands of all pages that the pattern finds, split as a shell splits them."""
-    for block in blocks("sh"):
+def commands(pattern, pages=PAGES):
+    """The commands of the pages that the pattern finds, split as a shell splits them."""
+    for block in blocks("sh", pages):
         for line in block.values[0].replace("\\\n", " ").splitlines():
             for command in line.split("#")[0].split("&&"):
                 if re.search(pattern, command):
                     yield pytest.param(shlex.split(command), id=f"{block.id}: {command.strip()[:60]}")
 
 
-def reader(folder, *command):
-    """What the command says and leaves, typed in a folder that sees the recipes as a clone does."""
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true"}
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=600)
-
-
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def reader(tmp_path_factory):
     """Where a reader of the docs is after the first command, with images of every kind that the docs speak of."""
     folder = tmp_path_factory.mktemp("reader")
     (folder / "recipes").symlink_to(ROOT / "recipes")
@@ -74,35 +72,46 @@ def folder(tmp_path_factory):
         files += [label, image]
     write_tar(folder / "path/to/tars/train-0.tar", files)
     torch.save(timm.create_model("resnet18").state_dict(), folder / "path/to/checkpoint.ckpt")
-    first = reader(folder, *FIRST, *FEW_STEPS)
-    assert first.returncode == 0, first.stderr
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        type_command(FIRST, *FEW_STEPS)
     return folder
+
+
+@pytest.fixture
+def folder(reader, monkeypatch):
+    monkeypatch.chdir(reader)
+    return reader
 
 
 @pytest.mark.parametrize("block", [*blocks("python")])
 def test_python_blocks_run(block, folder):
-    result = reader(folder, sys.executable, "-W", "error::DeprecationWarning:__main__", "-c", block)
-    assert result.returncode == 0, f"{block}\n{result.stderr}"
+    exec(compile(block, "block", "exec"), {"__name__": "__main__"})
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("command", [command for command in commands(ALONE) if command.values[0] != FIRST])
-def test_commands_run(command, folder):
-    """All but the first, which made the folder, and those that do not run alone, which are parsed below."""
-    recipe = next(Path(word).name for word in command if word.startswith("recipes/"))
-    short = FEW_STEPS if "--resume" in command else SHORT.get(recipe, "").split()
-    if "--num_images" in command:
-        short = [*short, "--num_images", "24"]
-    result = reader(folder, *command, *short)
-    assert result.returncode == 0, f"{shlex.join(command)}\n{result.stderr}"
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: f"{page.parent.name}/{page.name}")
+def test_commands_of_a_page_run_in_their_order(page, folder):
+    """All but the first, which the fixture ran, and those that do not run alone, which are parsed below."""
+    for command in [command.values[0] for command in commands(ALONE, [page])]:
+        if command == shlex.split(FIRST):
+            continue
+        print("+", shlex.join(command))
+        recipe = next(Path(word).name for word in command if word.startswith("recipes/"))
+        short = FEW_STEPS if "--resume" in command else SHORT.get(recipe, "").split()
+        if "--num_images" in command:
+            short = [*short, "--num_images", "24"]
+        type_command(command, *short)
 
 
 @pytest.mark.slow
-def test_the_table_of_collapses_is_made_by_its_command(folder):
-    [command] = [command.values[0] for command in commands(r"tests/collapse\.py")]
+def test_the_table_of_collapses_is_made_by_its_command(capsys, monkeypatch):
+    [command] = [command.values[0] for command in commands(r"tests/\w+/collapse\.py")]
+    assert (ROOT / command[1]).samefile(collapse.__file__)
     few = "--backbones test_resnet --runs healthy --epochs 1".split()
-    result = reader(folder, *command[:1], str(ROOT / command[1]), *few)
-    assert re.search(r"^\| test_resnet \| healthy \|.*\| none \|$", result.stdout, re.MULTILINE), result.stderr
+    monkeypatch.setattr(sys, "argv", [*command[1:], *few])
+    collapse.main()
+    assert re.search(r"^\| test_resnet \| healthy \|.*\| none \|$", capsys.readouterr().out, re.MULTILINE)
 
 
 @pytest.mark.parametrize("command", [*commands(r"recipes/\w+\.py")])
