@@ -62,7 +62,7 @@ def main() -> None:
     output = output_file(config.output) if config.output else None
     names = sorted({name for pattern in config.filter for name in matching(pattern)})
     with ProcessPoolExecutor(config.processes, initializer=prepare_process) as pool:
-        rows = pool.map(partial(table_row, config=config), names, chunksize=4)
+        rows = pool.map(partial(table_row, config=config), names)
         rows = list(tqdm(rows, total=len(names), unit="backbone", mininterval=1.0))
     text = as_csv(rows, config) if form == ".csv" else as_markdown(rows, config)
     if output:
@@ -73,8 +73,8 @@ def main() -> None:
 
 def prepare_process() -> None:
     torch.set_num_threads(1)
-    # Ctrl-C reaches all processes of a terminal; only the first one reports it.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Ctrl-C reaches all processes of a terminal: these end silently, the first one reports it.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def matching(pattern: str) -> list[str]:

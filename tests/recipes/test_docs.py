@@ -119,8 +119,9 @@ def test_recipes_take_the_flags_of_the_docs(command):
     place = next(number for number, word in enumerate(command) if re.fullmatch(r"recipes/\w+\.py", word))
     name = Path(command[place]).stem
     recipe = importlib.import_module(name)
-    configs = [c for c in vars(recipe).values() if dataclasses.is_dataclass(c) and c.__module__ == name]
-    [config] = [c for c in configs if "debug" in c.__dataclass_fields__] or [PretrainConfig]
+    configs = [c for c in vars(recipe).values() if dataclasses.is_dataclass(c) and "debug" in c.__dataclass_fields__]
+    own = [config for config in configs if config.__module__ == name]
+    [config] = own or configs or [PretrainConfig]
     parse(config, command[place + 1 :])
 
 
