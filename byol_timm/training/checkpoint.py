@@ -262,37 +262,34 @@ def _load(path: Path, names: Collection[str] | None = None) -> Checkpoint:
 def _read(path: Path, names: Collection[str] | None = None) -> tuple[int, dict[str, bytes]]:
     """Return the step and the verified contents of the files of a checkpoint, or of those among `names`."""
     try:
-        manifest = json.loads((path / _MANIFEST).read_bytes())
+        manifest = json.loads(_bytes(path / _MANIFEST))
         digest = manifest.pop("sha256")
         step, version = int(manifest["step"]), int(manifest["format"])
         files = {name: (int(entry["bytes"]), entry["sha256"]) for name, entry in manifest["files"].items()}
-        files = {name: facts for name, facts in files.items() if names is None or name in names}
-    except FileNotFoundError:
-        raise _Damaged(f"{_MANIFEST} is missing") from None
-    except OSError as error:
-        raise _Damaged(f"{_MANIFEST}: {error.strerror}") from error
     except (ValueError, KeyError, AttributeError, TypeError):
         raise _Damaged(f"{_MANIFEST} is damaged") from None
     if digest != _digest(manifest):
         raise _Damaged(f"{_MANIFEST} is damaged")
     if version > FORMAT:
-        raise ByolTimmError(
-            f"{path} has checkpoint format {version}, this byol_timm reads up to {FORMAT}. Upgrade byol_timm"
-        )
+        raise ByolTimmError(f"{path} has checkpoint format {version}, newer than {FORMAT}. Upgrade byol_timm")
     contents = {}
-    for name, (wanted, sha256) in files.items():
-        try:
-            size = (path / name).stat().st_size
-            if size != wanted:
-                raise _Damaged(f"{name} has {size:,} of {wanted:,} bytes")
-            contents[name] = (path / name).read_bytes()
-        except FileNotFoundError:
-            raise _Damaged(f"{name} is missing") from None
-        except OSError as error:
-            raise _Damaged(f"{name}: {error.strerror}") from error
-        if hashlib.sha256(contents[name]).hexdigest() != sha256:
-            raise _Damaged(f"{name} does not have the contents that were saved (sha256)")
+    for name, (size, sha256) in files.items():
+        if names is None or name in names:
+            contents[name] = data = _bytes(path / name)
+            if len(data) != size:
+                raise _Damaged(f"{name} has {len(data):,} of {size:,} bytes")
+            if hashlib.sha256(data).hexdigest() != sha256:
+                raise _Damaged(f"{name} does not have the contents that were saved (sha256)")
     return step, contents
+
+
+def _bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        raise _Damaged(f"{path.name} is missing") from None
+    except OSError as error:
+        raise _Damaged(f"{path.name}: {error.strerror}") from error
 
 
 def _is_good(path: Path) -> bool:
@@ -310,17 +307,17 @@ def _steps(folder: Path) -> list[int]:
 
 def _failure(error: OSError, folder: Path, step: int, files: Mapping[str, Mapping[str, Tensor]]) -> str:
     try:
-        good = [f"step-{s}" for s in _steps(folder) if s != step and _is_good(folder / f"step-{s}")]
+        good = [s for s in _steps(folder) if s != step and _is_good(folder / f"step-{s}")]
         free = shutil.disk_usage(folder).free
     except OSError:
         good, free = [], 0
-    last = f"last good checkpoint: {good[-1]}" if good else "no earlier checkpoint"
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        need = sum(tensor.nbytes for group in files.values() for tensor in group.values())
-        unit, scale = ("GB", 1e9) if need > 5e7 else ("MB", 1e6)
-        space = f"needs {need / scale:.1f} {unit}, {free / scale:.1f} free in {folder}/"
-        return f"disk full while saving step {step} ({space}); {last}"
-    return f"cannot save step {step} in {folder} ({error.strerror}); {last}"
+    last = f"last good checkpoint: step-{good[-1]}" if good else "no earlier checkpoint"
+    if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        return f"cannot save step {step} in {folder} ({error.strerror}); {last}"
+    need = sum(tensor.nbytes for group in files.values() for tensor in group.values())
+    unit, scale = ("GB", 1e9) if need > 5e7 else ("MB", 1e6)
+    space = f"needs {need / scale:.1f} {unit}, {free / scale:.1f} free in {folder}/"
+    return f"disk full while saving step {step} ({space}); {last}"
 
 
 def _pack(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:

@@ -63,20 +63,22 @@ class Processes:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         try:
-            if isinstance(error, RuntimeError) and _is_about_processes(error):
-                lost = _lost(error)
-                if self.count > 1:
-                    report(lost)
+            lost = _lost(error)
+            if self.count > 1 and error is not None:
+                self._report(lost or error)
+            if lost is not None:
                 raise lost from error
-            if self.count > 1 and isinstance(error, ByolTimmError):
-                report(error)
-            elif self.count > 1 and error is not None:
-                if isinstance(error, Exception):
-                    # At once: the launcher ends this process soon after another one has ended.
-                    traceback.print_exception(error)
-                count_failure()
         finally:
             self.accelerator.end_training()
+
+    def _report(self, error: BaseException) -> None:
+        if isinstance(error, ByolTimmError):
+            report(error)
+            return
+        if isinstance(error, Exception):
+            # At once: the launcher ends this process soon after another one has ended.
+            traceback.print_exception(error)
+        count_failure()
 
     def gather(self, value: Result) -> list[Result]:
         """Return the values of all processes, by rank."""
@@ -138,17 +140,16 @@ class Processes:
             raise error
 
 
-def _is_about_processes(error: RuntimeError) -> bool:
+def _lost(error: BaseException | None) -> LostProcess | None:
+    """Turn torch's error about its connections into `LostProcess`, with the last line of it; None for another error."""
     # gloo's errors have no type of their own.
-    return isinstance(error, dist.DistError) or "/gloo/" in str(error)
-
-
-def _lost(error: RuntimeError) -> LostProcess:
-    """Turn torch's error about its connections into `LostProcess`, with the last line of it."""
+    by_gloo = isinstance(error, RuntimeError) and "/gloo/" in str(error)
+    if not by_gloo and not isinstance(error, dist.DistError):
+        return None
     reason = one_line((str(error).strip().splitlines() or [""])[-1])
-    if isinstance(error, dist.DistBackendError) and "/gloo/" not in str(error):
+    if not by_gloo:
         return LostProcess(
-            f"the processes cannot communicate ({reason}). Set NCCL_DEBUG=INFO for details; continue with --resume"
+            f"the processes cannot communicate ({reason}). Set NCCL_DEBUG=INFO to see more, continue with --resume"
         )
     return LostProcess(
         f"another process of this run is gone, or its host or the network ({reason}); see the log of that process. "
@@ -184,7 +185,7 @@ def create_accelerator(trackers: Sequence[str], folder: Path) -> Accelerator:
             kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
         )
     except dist.DistError as error:
-        raise _lost(error) from error
+        raise cast(LostProcess, _lost(error)) from error
     if world > 1 and accelerator.num_processes == 1:
         raise ByolTimmError(unseen)
     if accelerator.device.type == "cpu":

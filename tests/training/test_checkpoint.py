@@ -165,7 +165,7 @@ def test_a_newer_format_is_refused_in_one_line(tmp_path):
     del manifest["sha256"]
     manifest["format"] = 2
     path.write_text(sealed(manifest))
-    with pytest.raises(ByolTimmError, match=r"step-1 has checkpoint format 2, this byol_timm reads up to 1\. Upgrade"):
+    with pytest.raises(ByolTimmError, match=r"step-1 has checkpoint format 2, newer than 1\. Upgrade"):
         load_latest(tmp_path)
 
 

@@ -1,27 +1,34 @@
 import logging
 import os
-import subprocess
-import sys
-import textwrap
+import signal
 
 import pytest
+from forking import CONTEXT, exit_code_of, forked
 
 from byol_timm.errors import ByolTimmError
 from byol_timm.training import check_resumable, claim_folder, compare_config
 
-KILLED = """
-    import os, signal, sys
-    from pathlib import Path
-    from byol_timm.training import claim_folder
-    with claim_folder(Path(sys.argv[1]), overwrite=True):
-        (Path(sys.argv[1]) / "config.yaml").write_text("new")
+
+def overwrite_and_die(folder):
+    with claim_folder(folder, overwrite=True):
+        (folder / "config.yaml").write_text("new")
         os.kill(os.getpid(), signal.SIGKILL)
-"""
 
 
-def run_python(code, *arguments, **kwargs):
-    command = [sys.executable, "-W", "error", "-c", textwrap.dedent(code), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, **kwargs)
+def hold(folder, pipe):
+    with claim_folder(folder):
+        pipe.send("locked")
+        pipe.recv()
+
+
+def claim_as_nobody(folder, pipe):
+    if os.geteuid() == 0:
+        os.setuid(65534)
+    try:
+        with claim_folder(folder):
+            pipe.send("claimed")
+    except ByolTimmError as error:
+        pipe.send(str(error))
 
 
 def finished_run(folder):
@@ -45,17 +52,9 @@ def is_old(folder):
 
 
 def test_a_folder_has_one_run_at_a_time(tmp_path):
-    code = """
-        import sys
-        from pathlib import Path
-        from byol_timm.training import claim_folder
-        with claim_folder(Path(sys.argv[1])):
-            print("locked", flush=True)
-            sys.stdin.read()
-    """
-    command = [sys.executable, "-c", textwrap.dedent(code), str(tmp_path)]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
-        assert other.stdout.readline() == b"locked\n"
+    ours, theirs = CONTEXT.Pipe()
+    with forked(hold, tmp_path, theirs) as other:
+        assert ours.recv() == "locked"
         with pytest.raises(ByolTimmError, match=rf"is in use by process {other.pid} on .*--output_dir"):
             with claim_folder(tmp_path):
                 pass
@@ -64,7 +63,6 @@ def test_a_folder_has_one_run_at_a_time(tmp_path):
             with claim_folder(tmp_path, overwrite=True):
                 pass
         assert (tmp_path / "config.yaml").exists()
-        other.kill()
     with claim_folder(tmp_path, resume=True):
         assert f"process {os.getpid()} " in (tmp_path / ".lock").read_text()
 
@@ -121,7 +119,7 @@ def test_overwrite_keeps_the_earlier_run_until_the_new_one_has_a_checkpoint(tmp_
 
 def test_a_killed_overwrite_gives_the_earlier_run_back_to_the_next_command(tmp_path):
     finished_run(tmp_path)
-    assert run_python(KILLED, tmp_path).returncode == -9
+    assert exit_code_of(overwrite_and_die, tmp_path) == -signal.SIGKILL
     assert (tmp_path / "config.yaml").read_text() == "new"
     with claim_folder(tmp_path, resume=True):
         assert is_old(tmp_path)
@@ -182,26 +180,13 @@ def test_a_path_that_cannot_be_a_folder_is_refused(tmp_path):
 
 
 def test_an_unwritable_folder_is_refused(tmp_path):
-    code = """
-        import os, sys
-        from pathlib import Path
-        from byol_timm.training import claim_folder
-        from byol_timm.errors import ByolTimmError
-        if os.geteuid() == 0:
-            os.setuid(65534)
-        try:
-            with claim_folder(Path(sys.argv[1])):
-                pass
-        except ByolTimmError as error:
-            print(error)
-    """
     folder = tmp_path / "closed"
     folder.mkdir(mode=0o555)
     for parent in (tmp_path, tmp_path.parent, tmp_path.parent.parent):
         parent.chmod(0o755)
-    result = run_python(code, folder)
-    assert result.returncode == 0, result.stderr
-    assert result.stdout == f"cannot write to {folder} (Permission denied). Choose another --output_dir\n"
+    ours, theirs = CONTEXT.Pipe()
+    with forked(claim_as_nobody, folder, theirs):
+        assert ours.recv() == f"cannot write to {folder} (Permission denied). Choose another --output_dir"
 
 
 @pytest.mark.parametrize("name", ["resnet18-digts", "resnet18_digits", "Resnet18-digits"])

@@ -1,83 +1,100 @@
 import os
 import signal
-import subprocess
-import sys
-import textwrap
 import time
 
 import pytest
+from forking import CONTEXT, forked
 
 from byol_timm.errors import ByolTimmError
 from byol_timm.training import Interrupted, Interruption
 
-ALONE = {k: v for k, v in os.environ.items() if k not in ("ACCELERATE_DYNAMO_MODE", "TORCHELASTIC_RUN_ID")}
-LAUNCHED = {**ALONE, "ACCELERATE_DYNAMO_MODE": "default"}
-LOOP = """
-    import sys, time
-    from byol_timm.training import Interrupted, Interruption
+LAUNCHED = {"ACCELERATE_DYNAMO_MODE": "default"}
+
+
+def loop(pipe, environment=(), stubborn=False, seconds=30):
+    """A training loop that sends "ready" and then the signal it stops for, unless it is stubborn."""
+    for name in ("ACCELERATE_DYNAMO_MODE", "TORCHELASTIC_RUN_ID"):
+        os.environ.pop(name, None)
+    os.environ.update(environment)
     with Interruption() as interruption:
-        print("ready", flush=True)
-        end = time.monotonic() + 30
+        pipe.send("ready")
+        end = time.monotonic() + seconds
         while time.monotonic() < end:
-            if interruption.requested and "stubborn" not in sys.argv:
-                print(interruption.requested, flush=True)
+            if interruption.requested and not stubborn:
+                pipe.send(interruption.requested)
                 raise SystemExit(Interrupted(interruption.requested, 7).exit_code)
             time.sleep(0.01)
-"""
 
 
-def start_loop(*arguments, **kwargs):
-    command = [sys.executable, "-c", textwrap.dedent(LOOP), *arguments]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, **kwargs)
-    assert process.stdout.readline() == "ready\n"
-    return process
+def launcher(pipe, *arguments):
+    """A process that starts a loop and does not end by itself."""
+    if os.fork() == 0:
+        try:
+            loop(pipe, *arguments)
+        finally:
+            os._exit(0)
+    pipe.close()
+    time.sleep(60)
+
+
+@pytest.fixture
+def pipe():
+    ours, theirs = CONTEXT.Pipe()
+    with ours, theirs:
+        yield ours, theirs
+
+
+def ready(pipe):
+    assert pipe[0].poll(60)
+    return pipe[0].recv() == "ready"
+
+
+def ended(process, seconds=10):
+    process.join(seconds)
+    return process.exitcode
 
 
 @pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_becomes_a_question_and_the_shells_exit_code(number, code):
-    with start_loop() as process:
-        process.send_signal(number)
-        assert process.stdout.read() == f"{int(number)}\n"
-        assert process.wait(10) == code
+def test_a_signal_becomes_a_request_and_the_shells_exit_code(pipe, number, code):
+    with forked(loop, pipe[1]) as process:
+        assert ready(pipe)
+        os.kill(process.pid, number)
+        assert ended(process) == code
+        assert pipe[0].recv() == number
 
 
-@pytest.mark.parametrize("environment, pause", [(ALONE, 0.2), (LAUNCHED, 2.3)])
-def test_a_second_ctrl_c_ends_the_process_at_once(environment, pause):
-    with start_loop("stubborn", env=environment) as process:
-        process.send_signal(signal.SIGINT)
-        time.sleep(pause)
-        assert process.poll() is None
-        process.send_signal(signal.SIGINT)
-        assert process.wait(5) == 130
+@pytest.mark.parametrize("environment, pause", [({}, 0.2), (LAUNCHED, 2.3)])
+def test_a_second_ctrl_c_ends_the_process_at_once(pipe, environment, pause):
+    with forked(loop, pipe[1], environment, True) as process:
+        assert ready(pipe)
+        os.kill(process.pid, signal.SIGINT)
+        assert ended(process, pause) is None
+        os.kill(process.pid, signal.SIGINT)
+        assert ended(process) == 130
 
 
-def test_a_ctrl_c_that_the_launcher_passes_on_is_no_second_one():
-    with start_loop("stubborn", env=LAUNCHED) as process:
-        process.send_signal(signal.SIGINT)
-        time.sleep(0.2)
-        process.send_signal(signal.SIGINT)
-        time.sleep(0.5)
-        assert process.poll() is None
-        process.kill()
+def test_a_ctrl_c_that_the_launcher_forwards_is_not_a_second_one(pipe):
+    with forked(loop, pipe[1], LAUNCHED, True) as process:
+        assert ready(pipe)
+        os.kill(process.pid, signal.SIGINT)
+        assert ended(process, 0.2) is None
+        os.kill(process.pid, signal.SIGINT)
+        assert ended(process, 0.5) is None
 
 
-@pytest.mark.parametrize("launched", [True, False])
-def test_the_launchers_death_ends_a_run_that_it_started(tmp_path, launched):
-    launcher = """
-        import subprocess, sys
-        subprocess.Popen([sys.executable, "-c", sys.argv[1]])
-        sys.stdin.read()
-    """
-    environment = LAUNCHED if launched else ALONE
-    code = textwrap.dedent(LOOP).replace("30", "2" if not launched else "30")
-    command = [sys.executable, "-c", textwrap.dedent(launcher), code]
-    with subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
-    ) as process:
-        assert process.stdout.readline() == "ready\n"
+@pytest.mark.parametrize("environment", [LAUNCHED, {}])
+def test_the_launchers_death_ends_a_run_that_it_started(pipe, environment):
+    ours, theirs = pipe
+    with forked(launcher, theirs, environment, False, 30 if environment else 2) as process:
+        theirs.close()
+        assert ready(pipe)
         process.kill()
         # The pipe closes when the orphan has ended too.
-        assert process.stdout.read() == (f"{int(signal.SIGHUP)}\n" if launched else "")
+        assert ours.poll(20)
+        if environment:
+            assert ours.recv() == signal.SIGHUP
+        with pytest.raises(EOFError):
+            ours.recv()
 
 
 def test_the_deadline_asks_to_stop():
@@ -94,7 +111,7 @@ def test_old_handlers_come_back():
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
 
 
-def test_the_error_says_what_happened_and_how_to_go_on():
+def test_the_error_says_what_happened_and_how_to_continue():
     error = Interrupted(signal.SIGTERM, 120)
     assert isinstance(error, ByolTimmError)
     assert (str(error), error.exit_code) == ("terminated, stopped at step 120. Continue with --resume", 143)

@@ -1,42 +1,40 @@
+import os
+import time
+from datetime import timedelta
+from pathlib import Path
+
 import pytest
 import torch
-from accelerate import Accelerator
+import torch.distributed as dist
+from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.state import AcceleratorState
+from forking import run_together
 from launching import errors_of, launch
 
 from byol_timm.errors import ByolTimmError
 from byol_timm.training import Processes
 
-# Both processes are ready before the short limit of their ordinary group begins to count.
-TALK = """
-    import os, time
-    from datetime import timedelta
-    from pathlib import Path
-    import torch.distributed as dist
-    from accelerate import Accelerator, InitProcessGroupKwargs
-    from byol_timm.errors import ByolTimmError
-    from byol_timm.training import Processes
 
+def work_longer_than_the_limit():
+    if os.environ["RANK"] == "0":
+        time.sleep(2.5)
+    return f"prepared by {os.environ['RANK']}"
+
+
+def message_of(act, *arguments):
+    with pytest.raises(ByolTimmError) as caught:
+        act(*arguments)
+    return str(caught.value)
+
+
+def fail():
+    raise ByolTimmError(f"no token on {os.environ['RANK']}")
+
+
+def talk():
+    """Everything that processes say to each other, while the first of them is late."""
     rank = int(os.environ["RANK"])
-    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
-    store.set(f"ready {rank}", "")
-    store.wait(["ready 0", "ready 1"])
     limit = InitProcessGroupKwargs(timeout=timedelta(seconds=2))
-
-    def work_longer_than_the_limit():
-        if rank == 0:
-            time.sleep(2.5)
-        return f"prepared by {rank}"
-
-    def caught(act, *arguments):
-        try:
-            act(*arguments)
-        except ByolTimmError as error:
-            return str(error)
-
-    def fail():
-        raise ByolTimmError(f"no token on {rank}")
-
     with Processes(Accelerator(kwargs_handlers=[limit])) as processes:
         assert processes.on_main(work_longer_than_the_limit) == "prepared by 0"
         with processes.main_first():
@@ -46,14 +44,11 @@ TALK = """
             assert Path("downloaded").exists()
         work_longer_than_the_limit()
         assert processes.gather(rank) == [0, 1]
-        work_longer_than_the_limit()
         assert processes.agree(15 if rank == 1 else None) == 15
-        work_longer_than_the_limit()
-        processes.wait()
 
-        assert caught(processes.on_main, fail) == "no token on 0"
-        assert caught(processes.raise_first, ByolTimmError("bad image") if rank == 1 else None) == "bad image"
-        assert caught(processes.check_same, str(rank), "has other files") == "process 1 has other files"
+        assert message_of(processes.on_main, fail) == "no token on 0"
+        assert message_of(processes.raise_first, ByolTimmError("bad image") if rank == 1 else None) == "bad image"
+        assert message_of(processes.check_same, str(rank), "has other files") == "process 1 has other files"
         processes.check_same("all", "differs")
         processes.raise_first(None)
 
@@ -63,7 +58,7 @@ TALK = """
         except RuntimeError:
             Path(f"the ordinary group gave up on {rank}").touch()
         processes.wait()
-"""
+
 
 FAIL = """
     import os
@@ -83,9 +78,8 @@ FAIL = """
 """
 
 
-@pytest.mark.slow
 def test_the_first_process_may_work_longer_than_the_limit_of_ordinary_groups(tmp_path):
-    result = launch(tmp_path, TALK)
+    result = run_together(tmp_path, talk)
     assert result.returncode == 0, result.stderr[-3000:]
     assert (tmp_path / "the ordinary group gave up on 1").exists()
 
