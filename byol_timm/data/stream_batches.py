@@ -5,7 +5,6 @@ import itertools
 import queue
 import threading
 from collections.abc import Callable, Generator, Iterable, Iterator
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,8 +12,8 @@ import torch
 from torch import Tensor
 
 from ..errors import ByolTimmError
-from .batches import Batch, check_batch, epoch_order
-from .decoding import BadImage
+from .batches import Batch, CropReader, check_batch, checked, epoch_order
+from .decoding import BadImage, Reduction
 from .images import Images, readable
 from .streams import Stream, decode_content
 from .workers import BadImages, OnBadImage, in_workers, worker_count
@@ -56,11 +55,12 @@ class StreamBatches:
         workers: int | None = None,
         shuffle_buffer: int = 10_000,
         on_bad_image: OnBadImage = "skip",
+        pin: bool = False,
     ) -> None:
         check_batch(len(stream), batch_size, global_batch, world)
         self.stream, self.bank, self.seed, self.start_step = stream, bank, seed, start_step
         self.batch_size, self.global_batch, self.rank, self.world = batch_size, global_batch, rank, world
-        self.workers, self.shuffle_buffer = workers, shuffle_buffer
+        self.workers, self.shuffle_buffer, self.pin = workers, shuffle_buffer, pin
         self.bad = BadImages(stream.name, len(stream), on_bad_image)
         self.lanes = 1
         while stream.has_counts and 2 * self.lanes <= min(MAX_LANES, len(stream.shards)):
@@ -88,20 +88,13 @@ class StreamBatches:
             self._running = None
 
     def _batches(self) -> Generator[Batch]:
-        crops = self._cut(next(readable(self.bank, 100, self.bank.decode)), 0)
-        reader = _CropReader(self.stream, self.bank, self._cut, self._reduction, self.seed)
-        # Read ahead are half as many images as are held in blocks.
+        example = self._cut(next(readable(self.bank, 100, self.bank.decode)), 0)
+        reader = CropReader(_RowOrSpare(self.stream, self.bank, self.seed), self._cut, self._reduction)
+        # Half as many images are read ahead as are held in blocks.
         ahead = _read_ahead(self._requests(), max(2, self.shuffle_buffer // (2 * self.world * self.batch_size)))
-        answers = in_workers(reader, ahead, worker_count(self.workers), crops.numel() * self.batch_size)
-        seen = replaced = 0
-        with contextlib.closing(ahead), contextlib.closing(answers):
-            for crops, ordinals, bad in answers:
-                self.bad.note(bad)
-                seen += len(ordinals)
-                replaced += len(bad)
-                self.bad.check(replaced, seen)
-                self.bad.check(len(self.bad), len(self.stream))
-                yield Batch(None, crops, ordinals)
+        num_bytes = example.numel() * self.batch_size
+        with contextlib.closing(ahead):
+            yield from checked(in_workers(reader, ahead, worker_count(self.workers), num_bytes, self.pin), self.bad)
 
     def _requests(self) -> Iterator[tuple[Tensor, Rows]]:
         """Ordinals and rows of every micro-batch of this process."""
@@ -180,38 +173,24 @@ def _read_ahead(items: Iterable[Any], depth: int) -> Generator[Any]:
         thread.join(timeout=5)
 
 
-class _CropReader:
-    """Answers a request for rows with crops, their ordinals, and the rows whose images had to be replaced."""
+class _RowOrSpare:
+    """Find the image of a row, or one of the bank that the seed and the ordinal choose."""
 
-    def __init__(
-        self,
-        stream: Stream,
-        bank: Images,
-        cut: Callable[[Tensor, int], Tensor],
-        reduction: Callable[[int, int, int], int] | None,
-        seed: int,
-    ) -> None:
-        self.stream, self.bank, self.cut, self.reduction, self.seed = stream, bank, cut, reduction, seed
+    def __init__(self, stream: Stream, bank: Images, seed: int) -> None:
+        self.stream, self.bank, self.seed = stream, bank, seed
 
-    def __getitem__(self, request: tuple[Tensor, Rows]) -> tuple[Tensor, Tensor, dict[int, str]]:
-        ordinals, rows = request
-        crops: list[Tensor] = []
-        bad: dict[int, str] = {}
-        for ordinal, (number, content) in zip(ordinals.tolist(), rows, strict=True):
-            reduction = self.reduction and partial(self.reduction, ordinal)
-            try:
-                pixels = decode_content(content, self.stream.channels, reduction, self.stream.value_range)
-                image = torch.from_numpy(pixels)
-            except BadImage as reason:
-                bad[number] = f"{self.stream.describe(number)}: {reason}"
-                image = self._another(ordinal)
-            crops.append(self.cut(image, ordinal))
-        return torch.stack(crops), ordinals, bad
-
-    def _another(self, ordinal: int) -> Tensor:
-        """An image of the bank, some of which have been read before."""
+    def __call__(
+        self, ordinal: int, row: tuple[int, bytes | None], reduction: Reduction | None, bad: dict[int, str]
+    ) -> tuple[Tensor, bool]:
+        number, content = row
+        try:
+            pixels = decode_content(content, self.stream.channels, reduction, self.stream.value_range)
+            return torch.from_numpy(pixels), True
+        except BadImage as reason:
+            bad[number] = f"{self.stream.describe(number)}: {reason}"
+        # Some image of the bank has been read before.
         place = int(np.random.default_rng((self.seed % 2**64, ordinal)).integers(len(self.bank)))
         while True:
             with contextlib.suppress(BadImage):
-                return self.bank.decode(place % len(self.bank))
+                return self.bank.decode(place % len(self.bank)), False
             place += 1

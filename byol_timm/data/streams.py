@@ -4,11 +4,11 @@ import io
 import itertools
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import fsspec
 import numpy as np
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     import datasets
 
 Array = NDArray[Any]
+T = TypeVar("T")
+U = TypeVar("U")
 FORMATS = {"parquet": ".parquet", "arrow": ".arrow", "webdataset": ".tar"}
 # Labelled images to evaluate on, or unlabelled ones to look at, are the first rows of at most so many shards.
 QUERIES, BANK, UNLABELLED, SAMPLED_SHARDS = 2_000, 8_000, 256, 64
@@ -35,15 +37,87 @@ HELD_ROWS = 128
 ROW_BITS = 32
 
 
-class _Shards(Protocol):
-    """Files, or parts of files, whose rows are read in sequence; `counts` says how many (int64), None if unknown."""
+class Shards:
+    """Files whose rows are read in sequence; `counts` is the number of rows of each (int64), None if unknown.
 
-    counts: Array | None
+    Nothing of a tar is written to disk, and names in it are not used as paths.
+    """
 
-    def __len__(self) -> int: ...
-    def cells(self, shard: int, start: int, column: str) -> Iterator[Any]: ...
-    def describe(self, shard: int, row: int) -> str: ...
-    def identity(self) -> Iterable[bytes]: ...
+    def __init__(self, kind: str, files: list[str], table: "datasets.IterableDataset") -> None:
+        self.files, self.table = files, table
+        self.parquet = kind == "parquet"
+        self.counts: Array | None = None
+        if self.parquet or (kind == "arrow" and not any("://" in file for file in files)):
+            self.counts = np.array(_in_threads(_parquet_rows if self.parquet else _arrow_rows, files), dtype=np.int64)
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def cells(self, shard: int, start: int, column: str) -> Iterator[Any]:
+        """Yield the cells of a shard from row `start` on; whatever goes wrong is a `ByolTimmError`."""
+        try:
+            yield from (self._parquet_cells if self.parquet else self._other_cells)(shard, start, column)
+        except Exception as error:
+            # Of many kinds: broken files, files that are gone, no network.
+            place, reason = self.describe(shard, start), one_line(error)
+            raise ByolTimmError(f"reading stopped at {place} ({reason}). Check the file, then use --resume") from error
+
+    def _parquet_cells(self, shard: int, start: int, column: str) -> Iterator[Any]:
+        import pyarrow.parquet
+
+        with fsspec.open(self.files[shard], "rb") as file:
+            # A buffer, because otherwise a row group is held whole.
+            table = pyarrow.parquet.ParquetFile(file, buffer_size=READ_BYTES)
+            for batch in table.iter_batches(READ_ROWS, columns=[column], use_threads=False):
+                for cell in batch.column(0)[start:]:
+                    yield cell.as_py()
+                start = max(0, start - len(batch))
+
+    def _other_cells(self, shard: int, start: int, column: str) -> Iterator[Any]:
+        rows = self.table.select_columns([column]).shard(len(self.files), shard).skip(start)
+        # Not row by row: that would give each worker process other shards.
+        for batch in rows.iter(READ_ROWS):
+            yield from batch[column]
+
+    def describe(self, shard: int, row: int) -> str:
+        return f"row {row} of {_name(self.files[shard])}"
+
+    def identity(self) -> Iterable[bytes]:
+        sizes = _in_threads(_file_size, self.files)
+        return [f"{_name(file)} {size} ".encode() for file, size in zip(self.files, sizes, strict=True)]
+
+
+def _parquet_rows(path: str) -> int:
+    import pyarrow.parquet
+
+    with fsspec.open(path, "rb") as file:
+        return int(pyarrow.parquet.read_metadata(file).num_rows)
+
+
+def _arrow_rows(path: str) -> int:
+    """Return the number of rows of an arrow file on this machine, of which little is read for that."""
+    import pyarrow
+
+    with pyarrow.memory_map(path) as file:
+        try:
+            return sum(len(batch) for batch in pyarrow.ipc.open_stream(file))
+        except pyarrow.ArrowInvalid:
+            reader = pyarrow.ipc.open_file(file)
+            return sum(len(reader.get_batch(number)) for number in range(reader.num_record_batches))
+
+
+def _file_size(path: str) -> int:
+    files, name = fsspec.url_to_fs(path)
+    return int(files.size(name))
+
+
+def _in_threads(read: Callable[[T], U], items: Iterable[T]) -> list[U]:
+    with ThreadPoolExecutor(READ_THREADS) as threads:
+        return list(threads.map(read, items))
+
+
+def _name(path: str) -> str:
+    return printable(path.rpartition("/")[2])
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,7 +126,7 @@ class Stream:
 
     name: str
     channels: int
-    shards: _Shards = field(repr=False)
+    shards: Shards = field(repr=False)
     column: str
     first: Array = field(repr=False)
     size: int
@@ -82,7 +156,7 @@ class Stream:
     def _rows(self, order: Array, start: int) -> Iterator[tuple[int, bytes | None]]:
         for shard in order.tolist():
             first = int(self.first[shard]) + start
-            for row, cell in enumerate(_read(self.shards, shard, first, self.column), first):
+            for row, cell in enumerate(self.shards.cells(shard, first, self.column), first):
                 yield shard << ROW_BITS | row, _content(cell)
             start = 0
 
@@ -137,38 +211,38 @@ def open_stream(
         shards = _open_shards(builder, name, tables[name], images)
     total = _total(shards, builder.info.splits or {}, name, dataset, num_images)
 
-    # The first rows of some shards are the bank, less those held out where there is no test split.
-    heads = _heads(shards, labels or images, BANK + QUERIES if labels else UNLABELLED)
-    if not heads:
+    sampled = _heads(shards, labels or images, BANK + QUERIES if labels else UNLABELLED)
+    if not sampled:
         raise ByolTimmError(f"dataset {dataset} has no rows in split {name}. Check --dataset and --split")
+    first = np.zeros(len(shards), dtype=np.int64)
+    if labels is None:
+        train = Stream(dataset, in_chans, shards, images, first, total, value_range)
+        bank_images = _Sample(shards, images, sampled).images(train, None, ())
+        note = f"streamed from {len(shards):,} shards, unlabelled: no evaluation"
+        return StreamSplits(train, bank_images, None, note)
+
     test_name, test_shards, held_out = None, shards, list[_Cell]()
     for other in TEST_NAMES:
-        if labels and not held_out and other != name and other in tables and labels in tables[other].features:
+        if not held_out and other != name and other in tables and labels in tables[other].features:
             with loading(dataset, path):
                 test_shards = _open_shards(builder, other, tables[other], images)
             cells = _heads(test_shards, labels, QUERIES)
             if any(name_classes([cell.value for cell in cells], features[labels], labels)[0]):
                 test_name, held_out = other, cells
-    first = np.zeros(len(shards), dtype=np.int64)
-    if labels and test_name is None:
-        share = -(-min(QUERIES, total // 10) // len({head.shard for head in heads}))
-        sizes = Counter(head.shard for head in heads)
-        test_shards, held_out = shards, [head for head in heads if head.row < min(share, sizes[head.shard] // 2)]
-        first = np.bincount([head.shard for head in held_out], minlength=len(shards))
-    bank = [head for head in heads if head.row >= first[head.shard]]
-
+    if test_name is None:
+        test_shards, held_out = shards, _held_out(sampled, total)
+        first = np.bincount([cell.shard for cell in held_out], minlength=len(shards))
+    bank = [cell for cell in sampled if cell.row >= first[cell.shard]]
     train = Stream(dataset, in_chans, shards, images, first, total - int(first.sum()), value_range)
-    sample, test_sample = _Sample(shards, images, bank), _Sample(test_shards, images, held_out)
-    note = f"streamed from {len(shards):,} shards"
-    if labels is None:
-        return StreamSplits(train, sample.images(train, None, ()), None, f"{note}, unlabelled: no evaluation")
     classes, class_names = name_classes([cell.value for cell in bank + held_out], features[labels], labels)
-    bank_images = sample.images(train, classes[: len(bank)], class_names)
-    test_images = test_sample.images(train, classes[len(bank) :], class_names)
+    bank_images = _Sample(shards, images, bank).images(train, classes[: len(bank)], class_names)
+    test_images = _Sample(test_shards, images, held_out).images(train, classes[len(bank) :], class_names)
+    note = f"streamed from {len(shards):,} shards"
     if bank_images.labels is None or test_images.labels is None:
         return StreamSplits(train, bank_images, None, f"{note}; too few labels: no evaluation")
-    note += f", {len(class_names)} classes; evaluation on {len(test_images):,} images "
-    return StreamSplits(train, bank_images, test_images, note + (f"of split {test_name}" if test_name else "held out"))
+    place = f"of split {test_name}" if test_name else "held out"
+    note += f", {len(class_names)} classes; evaluation on {len(test_images):,} images {place}"
+    return StreamSplits(train, bank_images, test_images, note)
 
 
 def _check(dataset: str, path: Path, config: str | None) -> None:
@@ -215,19 +289,15 @@ def _open(dataset: str, path: Path, config: str | None) -> "tuple[Any, dict[str,
     return builder, tables
 
 
-def _open_shards(builder: Any, split: str, table: "datasets.IterableDataset", column: str) -> _Shards:
+def _open_shards(builder: Any, split: str, table: "datasets.IterableDataset", column: str) -> Shards:
     import datasets
 
-    files = [str(file) for file in builder.config.data_files[split]]
-    if builder.name == "parquet":
-        return _RowGroups(files)
     if isinstance(table.features[column], datasets.Image):
         table = table.cast_column(column, datasets.Image(decode=False))
-    local = builder.name == "arrow" and not any("://" in file for file in files)
-    return _Files(table, files, np.array([_arrow_rows(file) for file in files]) if local else None)
+    return Shards(builder.name, [str(file) for file in builder.config.data_files[split]], table)
 
 
-def _total(shards: _Shards, infos: Mapping[str, Any], split: str, dataset: str, num_images: int | None) -> int:
+def _total(shards: Shards, infos: Mapping[str, Any], split: str, dataset: str, num_images: int | None) -> int:
     """The number of images of a split: of its shards, else as the user says, else as the data set's card says."""
     if shards.counts is not None:
         total = int(shards.counts.sum())
@@ -244,108 +314,7 @@ def _total(shards: _Shards, infos: Mapping[str, Any], split: str, dataset: str, 
     return total
 
 
-# Files
-
-
-class _RowGroups:
-    """The row groups of parquet files."""
-
-    def __init__(self, files: list[str]) -> None:
-        with ThreadPoolExecutor(READ_THREADS) as threads:
-            sizes = list(threads.map(_row_groups, files))
-        self.files = files
-        self.file = np.repeat(np.arange(len(files)), [len(groups) for groups in sizes])
-        self.group = np.concatenate([np.arange(len(groups)) for groups in sizes])
-        self.counts, self.bytes = np.concatenate(sizes).T
-        self.start = np.concatenate([np.cumsum(groups[:, 0]) - groups[:, 0] for groups in sizes])
-
-    def __len__(self) -> int:
-        return len(self.file)
-
-    def cells(self, shard: int, start: int, column: str) -> Iterator[Any]:
-        import pyarrow.parquet
-
-        with fsspec.open(self.files[self.file[shard]], "rb") as file:
-            # A buffer, because otherwise a row group is held whole.
-            table = pyarrow.parquet.ParquetFile(file, buffer_size=READ_BYTES)
-            groups = [int(self.group[shard])]
-            for batch in table.iter_batches(READ_ROWS, row_groups=groups, columns=[column], use_threads=False):
-                for cell in batch.column(0)[start:]:
-                    yield cell.as_py()
-                start = max(0, start - len(batch))
-
-    def describe(self, shard: int, row: int) -> str:
-        return f"row {self.start[shard] + row} of {_name(self.files[self.file[shard]])}"
-
-    def identity(self) -> Iterable[bytes]:
-        return [*(_name(file).encode() for file in self.files), self.counts.tobytes(), self.bytes.tobytes()]
-
-
-def _row_groups(path: str) -> Array:
-    """Rows and bytes of every row group of a parquet file, int64 [groups, 2]."""
-    import pyarrow.parquet
-
-    with fsspec.open(path, "rb") as file:
-        footer = pyarrow.parquet.read_metadata(file)
-    groups = [footer.row_group(number) for number in range(footer.num_row_groups)]
-    return np.array([(group.num_rows, group.total_byte_size) for group in groups], dtype=np.int64).reshape(-1, 2)
-
-
-class _Files:
-    """Whole files, as `datasets` streams them: nothing of a tar is written, and its names are not used as paths."""
-
-    def __init__(self, table: "datasets.IterableDataset", files: list[str], counts: Array | None) -> None:
-        self.table, self.files, self.counts = table, files, counts
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def cells(self, shard: int, start: int, column: str) -> Iterator[Any]:
-        rows = self.table.select_columns([column]).shard(len(self.files), shard).skip(start)
-        # Not row by row: that would give each worker process other shards.
-        for batch in rows.iter(READ_ROWS):
-            yield from batch[column]
-
-    def describe(self, shard: int, row: int) -> str:
-        return f"image {row} of {_name(self.files[shard])}"
-
-    def identity(self) -> Iterable[bytes]:
-        with ThreadPoolExecutor(READ_THREADS) as threads:
-            sizes = threads.map(_file_size, self.files)
-        return [f"{_name(file)} {size} ".encode() for file, size in zip(self.files, sizes, strict=True)]
-
-
-def _file_size(path: str) -> int:
-    files, name = fsspec.url_to_fs(path)
-    return files.size(name)
-
-
-def _arrow_rows(path: str) -> int:
-    """The number of rows of an arrow file on this machine, of which little is read for that."""
-    import pyarrow
-
-    with pyarrow.memory_map(path) as file:
-        try:
-            return sum(len(batch) for batch in pyarrow.ipc.open_stream(file))
-        except pyarrow.ArrowInvalid:
-            reader = pyarrow.ipc.open_file(file)
-            return sum(len(reader.get_batch(number)) for number in range(reader.num_record_batches))
-
-
-def _name(path: str) -> str:
-    return printable(path.rpartition("/")[2])
-
-
-def _read(shards: _Shards, shard: int, start: int, column: str) -> Iterator[Any]:
-    """The cells of a shard from row `start` on; whatever goes wrong is a `ByolTimmError`."""
-    try:
-        yield from shards.cells(shard, start, column)
-    except Exception as error:
-        # Of many kinds: broken files, files that are gone, no network.
-        reason = one_line(error)
-        raise ByolTimmError(
-            f"reading stopped at {shards.describe(shard, start)} ({reason}). Check the file, then go on with --resume"
-        ) from error
+# Cells and samples of them
 
 
 def _content(cell: Any) -> bytes | None:
@@ -364,32 +333,35 @@ def _open_content(content: bytes | None) -> io.BytesIO:
     return io.BytesIO(content)
 
 
-# Samples
-
-
 class _Cell(NamedTuple):
     shard: int
     row: int
     value: Any
 
 
-def _heads(shards: _Shards, column: str, count: int) -> list[_Cell]:
-    """The first cells of evenly spread shards, `count` in all where there are as many."""
+def _heads(shards: Shards, column: str, count: int) -> list[_Cell]:
+    """Return the first cells of evenly spread shards, `count` in all where there are as many."""
     chosen = spread(len(shards), SAMPLED_SHARDS)
     rows = -(-count // len(chosen))
 
     def head(shard: int) -> list[_Cell]:
-        values = itertools.islice(_read(shards, shard, 0, column), rows)
+        values = itertools.islice(shards.cells(shard, 0, column), rows)
         return [_Cell(shard, row, value) for row, value in enumerate(values)]
 
-    with ThreadPoolExecutor(READ_THREADS) as threads:
-        return [cell for cells in threads.map(head, chosen) for cell in cells]
+    return [cell for cells in _in_threads(head, chosen) for cell in cells]
+
+
+def _held_out(sampled: Sequence[_Cell], total: int) -> list[_Cell]:
+    """Return the first cells of each sampled shard: a tenth of all, at most `QUERIES` and half of the sample."""
+    sizes = Counter(cell.shard for cell in sampled)
+    share = -(-min(QUERIES, total // 10) // len(sizes))
+    return [cell for cell in sampled if cell.row < min(share, sizes[cell.shard] // 2)]
 
 
 class _Sample:
     """Consecutive rows of some shards, in any order; the last ones read are held: the next is likely there."""
 
-    def __init__(self, shards: _Shards, column: str, cells: Sequence[_Cell]) -> None:
+    def __init__(self, shards: Shards, column: str, cells: Sequence[_Cell]) -> None:
         self.shards, self.column = shards, column
         self.places = np.array([(cell.shard, cell.row) for cell in cells], dtype=np.int64).reshape(-1, 2)
         self._held: dict[tuple[int, int], bytes | None] = {}
@@ -423,6 +395,6 @@ class _Sample:
         if (shard, place) not in self._held:
             rows = self.places[row:][:HELD_ROWS]
             keys = [(shard, later) for other, later in rows.tolist() if other == shard]
-            cells = itertools.islice(_read(self.shards, shard, place, self.column), len(keys))
+            cells = itertools.islice(self.shards.cells(shard, place, self.column), len(keys))
             self._held = dict(zip(keys, map(_content, cells), strict=True))
         return self._held[shard, place]
