@@ -83,24 +83,30 @@ def closest(name: str, names: Collection[str], *, cutoff: float) -> str | None:
     return next(iter(difflib.get_close_matches(name, names, n=1, cutoff=cutoff)), None)
 
 
+# An absolute path inside a text, without its last part.
+LOCAL_PATH = re.compile(r"(?<![\w.~/\\-])/(?:[^/\s]+/)+(?=[^/\s])")
 SECRET_KEY = re.compile(r"token|secret|password|(^|_)key(_|$)", re.IGNORECASE)
 
 
 def redact(value: Any) -> Any:
-    """`value` (JSON-like) without secrets and folders of this machine: neither tokens nor home or user names."""
+    """Return a JSON-like value without secrets and without places on this machine: tokens, folders, user names."""
     if isinstance(value, Mapping):
-        # Numbers under such names, as `reg_tokens` of a network, are no secrets.
+        # Numbers under such names, such as `reg_tokens` of a network, are not secrets.
         secret = {k for k, v in value.items() if SECRET_KEY.search(str(k)) and v and not isinstance(v, int | float)}
         return {k: REDACTED if k in secret else redact(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
         return [redact(item) for item in value]
-    if isinstance(value, Path):
-        value = str(value)
-    if isinstance(value, str):
-        # Names that Python could not decode in the locale of the run, which JSON cannot hold.
-        value = value.encode(errors="surrogateescape").decode(errors="replace")
-        if Path(value).is_absolute():
-            value = f".../{Path(value).name}"
-        value = SECRET_VALUE.sub(REDACTED, value)
-        return re.sub(r"(/home|/Users)/[^/\s]+", "~", value.replace(str(Path.home()) + "/", "~/"))
+    if isinstance(value, str | Path):
+        return _redact_text(str(value))
     return value
+
+
+def _redact_text(text: str) -> str:
+    # Names that Python could not decode in the locale of the run, which JSON cannot hold.
+    text = text.encode(errors="surrogateescape").decode(errors="replace")
+    prefix = "local-dir:" if text.startswith("local-dir:") else ""
+    path = text.removeprefix(prefix)
+    if os.path.isabs(path) or (os.sep in path and os.path.exists(path)):
+        text = f"{prefix}.../{Path(path).name}"
+    text = SECRET_VALUE.sub(REDACTED, text).replace(f"{Path.home()}/", "~/")
+    return LOCAL_PATH.sub(".../", re.sub(r"(/home|/Users)/[^/\s]+", "~", text))

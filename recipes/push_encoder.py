@@ -15,7 +15,7 @@ from typing import Annotated
 import tyro
 
 from byol_timm.cli import parse, run
-from byol_timm.encoders import CARD, ask_for_licence, files_to_push, push_encoder
+from byol_timm.encoders import CARD, files_to_push, push_encoder, warn_without_licence
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ def main() -> None:
         for name, content in files.items():
             size = content.stat().st_size if isinstance(content, Path) else len(content)
             print(f"{size:>12,}  {name}")
-        ask_for_licence(files[CARD])
+        warn_without_licence(files[CARD])
         return
     url = push_encoder(
         config.folder, config.repo_id, public=config.public, revision=config.revision, license=config.license

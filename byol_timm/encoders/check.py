@@ -69,10 +69,10 @@ def input_channels(config: dict[str, Any]) -> int:
     return (config["pretrained_cfg"].get("input_size") or (3,))[0]
 
 
-def build_on_meta(folder: str | Path) -> nn.Module:
+def build_on_meta(folder: str | Path, num_classes: int | None = None) -> nn.Module:
     """Build the network of an encoder folder without its weights."""
     with torch.device("meta"):
-        return timm.create_model(f"local-dir:{folder}", pretrained=False)
+        return timm.create_model(f"local-dir:{folder}", pretrained=False, num_classes=num_classes)
 
 
 def shapes(network: nn.Module) -> dict[str, torch.Size]:

@@ -1,4 +1,4 @@
-"""Encoders in timm's own format: a folder that plain timm loads, with or without byol_timm, and the Hub."""
+"""Push encoders to the Hub, and register them as tags of timm."""
 
 import contextlib
 import dataclasses
@@ -13,34 +13,30 @@ from typing import Any
 import timm
 import torch
 from huggingface_hub import CommitOperationAdd, HfApi, constants, get_token
-from huggingface_hub.errors import (
-    EntryNotFoundError,
-    HfHubHTTPError,
-    HTTPError,
-)
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HTTPError
 from timm.models import _registry
 from timm.models._pretrained import PretrainedCfg
 
 from ..errors import REDACTED, ByolTimmError, one_line, redact
-from .card import card_metadata
-from .check import CONFIG, RECORD, WEIGHTS, check_encoder_folder, shapes
+from .card import PICTURES, read_card
+from .check import CONFIG, RECORD, WEIGHTS, build_on_meta, check_encoder_folder, read_record, shapes
 from .fetch import check_repo_name, fetch_encoder, why_unreachable
-from .folder import CARD, PICTURES, _card, _json, _json_of, _text_of
+from .folder import CARD, as_json, encoder_card, read_text
 
 logger = logging.getLogger(__name__)
 
 
 class PushError(ByolTimmError):
-    """A push that failed for reasons outside of this machine; what was to be pushed is still here."""
+    """A push that failed for reasons outside this machine; the encoder is still here."""
 
     exit_code = 3
 
 
 def check_push(repo_id: str, *, public: bool = False, token: str | None = None) -> str:
-    """The full `user/name` of the Hub repository, which exists afterwards and can be written to.
+    """Return the full `user/name` of the Hub repository after checking that it exists and can be written to.
 
-    Asks for name, token, network, and permission, in this order; within 5 seconds where there is no network. Creates
-    the repository, private unless `public`. Raises `ByolTimmError` with what to do about it.
+    Checks name, token, network and permission, in this order; takes at most 5 seconds without a network. Creates the
+    repository, private unless `public`. Raises `ByolTimmError` that says what to do.
     """
     check_repo_name(repo_id)
     token = token or get_token()
@@ -62,7 +58,7 @@ def check_push(repo_id: str, *, public: bool = False, token: str | None = None) 
         raise ByolTimmError(refused)
     with _hub_errors(token, {401: refused, 403: refused, 404: refused}):
         api.create_repo(repo_id, private=not public, exist_ok=True)
-        # Nothing is uploaded: the Hub is asked how it would take such a file, which needs permission to write.
+        # Uploads nothing: it asks how the Hub would take such a file, which needs permission to write.
         api.preupload_lfs_files(repo_id, [CommitOperationAdd(RECORD, b"{}")])
         private = api.model_info(repo_id).private
     if public and private:
@@ -81,13 +77,13 @@ def push_encoder(
     license: str | None = None,
     token: str | None = None,
 ) -> str:
-    """The address of the Hub repository that now holds the encoder, pushed in one commit.
+    """Push an encoder to the Hub in one commit and return the address of its repository.
 
     folder: what `save_encoder` wrote, or the run folder around it. public: a new repository is private otherwise.
     revision: branch to push to, created when missing. license: as the Hub writes it, `cc-by-4.0`.
 
-    Text of the user in an earlier card stays. Raises `ByolTimmError` for what the user can mend, and `PushError` (exit
-    code 3) when the Hub fails; the folder stays as it is and the message holds the command to try again.
+    Keeps the user's text in an earlier card. Raises `ByolTimmError` for what the user can fix, and `PushError` (exit
+    code 3) when the Hub fails; the message holds the command to try again.
     """
     files = files_to_push(folder, repo_id, license=license)
     try:
@@ -98,8 +94,8 @@ def push_encoder(
             if revision:
                 api.create_branch(repo_id, branch=revision, exist_ok=True)
             remote = _remote_card(api, repo_id, revision)
-            files[CARD] = _card_to_push(folder, files, repo_id, license, remote)
-            ask_for_licence(files[CARD])
+            files[CARD] = _card_to_push(_encoder_folder(folder), files, repo_id, license, remote)
+            warn_without_licence(files[CARD])
             operations = [CommitOperationAdd(name, content) for name, content in files.items()]
             message = f"{json.loads(files[CONFIG])['architecture']} pretrained with BYOL"
             api.create_commit(repo_id, operations, commit_message=message, revision=revision)
@@ -107,49 +103,44 @@ def push_encoder(
         command = ["python", "recipes/push_encoder.py", str(folder), repo_id]
         command += ["--public"] * public
         for flag, value in (("revision", revision), ("license", license)):
-            command += [f"--{flag}", str(value)] if value is not None else []
+            command += [f"--{flag}", value] if value is not None else []
         raise type(error)(f"{error}. The encoder is safe in {folder}; to push it: {shlex.join(command)}") from error
     return f"{constants.ENDPOINT}/{repo_id}" + (f"/tree/{revision}" if revision else "")
 
 
-def files_to_push(
-    folder: str | Path,
-    repo_id: str,
-    *,
-    license: str | None = None,
-) -> dict[str, Any]:
-    """What `push_encoder` would upload: names in the repository, each with its content or the path of its file."""
+def files_to_push(folder: str | Path, repo_id: str, *, license: str | None = None) -> dict[str, Any]:
+    """Return what `push_encoder` would upload: names in the repository, with contents or paths of files."""
     check_repo_name(repo_id)
     encoder = _encoder_folder(folder)
     check_encoder_folder(encoder)
-    config = _json_of(encoder / CONFIG)
-    # What timm builds the network from stays as it is, whatever the names of its arguments.
+    config = json.loads((encoder / CONFIG).read_text(encoding="utf-8"))
+    # What timm builds the network from stays unchanged, whatever the names of its arguments.
     pushed = {**redact(config), **({"model_args": config["model_args"]} if "model_args" in config else {})}
-    files: dict[str, Any] = {CONFIG: _json(pushed).encode(), WEIGHTS: encoder / WEIGHTS}
+    files: dict[str, Any] = {CONFIG: as_json(pushed).encode(), WEIGHTS: encoder / WEIGHTS}
     if (encoder / RECORD).is_file():
-        files[RECORD] = _redacted_file(encoder / RECORD)
+        files[RECORD] = as_json(redact(read_record(encoder))).encode()
     for picture in PICTURES:
         for place in (Path(folder), encoder):
             if (place / picture).is_file():
                 files[picture] = place / picture
-    files[CARD] = _card_to_push(folder, files, repo_id, license, None)
+    files[CARD] = _card_to_push(encoder, files, repo_id, license, None)
     return files
 
 
-def ask_for_licence(card: bytes) -> None:
+def warn_without_licence(card: bytes) -> None:
     """Warn of a model card that does not say what others may do with the weights."""
-    if not card_metadata(card.decode())[0].get("license"):
+    if not read_card(card.decode()).data.get("license"):
         logger.warning(
-            "the card states no licence, so that nobody knows what the weights may be used for. Push with --license, "
-            "such as mit or cc-by-4.0"
+            "the card states no licence, so nobody knows what the weights may be used for. Push with --license, such "
+            "as mit or cc-by-4.0"
         )
 
 
 def register(source: str, *, tag: str) -> str:
-    """The name, `resnet18.byol_cifar10` for tag `byol_cifar10`, under which timm now finds the encoder in this process.
+    """Register an encoder as a tag of timm in this process; return its name, such as `resnet18.byol_cifar10`.
 
-    source: `hf-hub:user/name`, with `@revision` or without, or `local-dir:folder`. The architecture's other tags and
-    its default stay as they are. Raises `ByolTimmError` for an encoder built with arguments that a tag cannot carry.
+    source: `hf-hub:user/name`, with or without `@revision`, or `local-dir:folder`. The architecture keeps its other
+    tags and its default. Raises `ByolTimmError` for an encoder built with arguments that a tag cannot carry.
     """
     if not re.fullmatch(r"[A-Za-z0-9]\w*", tag):
         raise ByolTimmError(f"a tag consists of letters, digits and underscores ({tag!r})")
@@ -168,7 +159,7 @@ def register(source: str, *, tag: str) -> str:
     weights.fixed_input_size |= "img_size" in config.get("model_args", {})
     with torch.device("meta"):
         registered = timm.create_model(architecture, pretrained_cfg=dataclasses.asdict(weights), pretrained=False)
-        original = timm.create_model(f"local-dir:{folder}", pretrained=False, num_classes=0)
+    original = build_on_meta(folder, num_classes=0)
     if repr(registered) != repr(original) or shapes(registered) != shapes(original):
         arguments = ", ".join(f"{key}={value}" for key, value in config.get("model_args", {}).items())
         raise ByolTimmError(
@@ -178,7 +169,7 @@ def register(source: str, *, tag: str) -> str:
     known: Any = _registry._model_default_cfgs[architecture]
     if tag in known.cfgs and (known.cfgs[tag].hf_hub_id, known.cfgs[tag].file) != (weights.hf_hub_id, weights.file):
         raise ByolTimmError(f"timm knows other weights as {name}. Choose another tag")
-    # timm offers no public way; registering the architecture anew would drop its other tags.
+    # timm offers no public way; registering the architecture again would drop its other tags.
     if tag not in known.cfgs:
         known.tags.append(tag)
         _registry._model_with_tags[architecture].append(name)
@@ -190,7 +181,7 @@ def register(source: str, *, tag: str) -> str:
 
 @contextlib.contextmanager
 def _hub_errors(token: str | None, known: Mapping[int, str]) -> Iterator[None]:
-    """Errors of the client in one line: those the user can mend by their status, the others as `PushError`."""
+    """Raise errors of the client in one line: `known` statuses as the user's own to fix, the others as `PushError`."""
     try:
         yield
     except ByolTimmError:
@@ -219,12 +210,11 @@ def _encoder_folder(folder: str | Path) -> Path:
 
 
 def _card_to_push(
-    folder: str | Path, files: Mapping[str, Any], repo_id: str, license: str | None, remote: str | None
+    encoder: Path, files: Mapping[str, Any], repo_id: str, license: str | None, remote: str | None
 ) -> bytes:
-    encoder = _encoder_folder(folder)
-    pictures = [name for name in PICTURES if name in files]
-    local = _text_of(encoder / CARD)
-    return _card(encoder, pictures, repo_id=repo_id, license=license, local=local, remote=remote).encode()
+    local = read_text(encoder / CARD)
+    card = encoder_card(encoder, repo_id=repo_id, license=license, pictures=files, local=local, remote=remote)
+    return card.encode()
 
 
 def _remote_card(api: HfApi, repo_id: str, revision: str | None) -> str | None:
@@ -233,7 +223,3 @@ def _remote_card(api: HfApi, repo_id: str, revision: str | None) -> str | None:
     except EntryNotFoundError:
         return None
     return Path(path).read_text(encoding="utf-8")
-
-
-def _redacted_file(path: Path) -> bytes:
-    return _json(redact(_json_of(path))).encode()

@@ -19,7 +19,8 @@ from safetensors.torch import save_file
 from timm.layers import Conv2dSame
 from torch import nn
 
-from byol_timm.encoders import check_encoder_folder, convert_checkpoint, create_encoder, files_to_push, read_checkpoint
+from byol_timm.encoders import convert_checkpoint, create_encoder, files_to_push
+from byol_timm.encoders.convert import read_checkpoint
 from byol_timm.errors import ByolTimmError
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "convert.py"
@@ -128,20 +129,27 @@ LAYOUTS = {
 OF_NETWORKS = (lightly_example,)
 
 
+@pytest.fixture(scope="module")
+def networks():
+    """An online and a target network for all layouts."""
+    torch.manual_seed(0)
+    return resnet(), resnet()
+
+
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.__name__)
-def test_the_online_encoder_of_each_project_comes_out_with_its_features(layout, tmp_path):
-    online, target = resnet(), resnet()
-    states = (online, target) if layout in OF_NETWORKS else (online.state_dict(), target.state_dict())
+def test_the_online_encoder_of_each_project_comes_out_with_its_features(layout, networks, tmp_path):
+    online, _ = networks
+    states = networks if layout in OF_NETWORKS else [network.state_dict() for network in networks]
     torch.save(layout(*states), tmp_path / "checkpoint.pth")
     folder = convert_checkpoint(tmp_path / "checkpoint.pth", tmp_path / "encoder", image_size=64)
-    online.fc = nn.Identity()
     images = torch.rand(2, 3, 64, 64)
+    features = nn.Sequential(*list(online.children())[:-1])(images).flatten(1)
     for encoder in (
         timm.create_model(f"local-dir:{folder}", pretrained=True),
         create_encoder(f"local-dir:{folder}", image_size=64),
     ):
-        torch.testing.assert_close(encoder.eval()(images), online(images))
-    config = check_encoder_folder(folder)
+        torch.testing.assert_close(encoder.eval()(images), features)
+    config = json.loads((folder / "config.json").read_text())
     assert config["architecture"] == "resnet18"
     assert config["pretrained_cfg"]["tag"] == f"byol_{LAYOUTS[layout].replace('-', '_')}"
     assert json.loads((folder / "byol.json").read_text())["converted_from"].startswith(LAYOUTS[layout])
@@ -203,8 +211,8 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("change", "arguments", "message"), REFUSED, ids=[message for *_, message in REFUSED])
-def test_what_cannot_be_converted_is_told_in_one_line(change, arguments, message, tmp_path):
-    torch.save(change(torchvision.models.resnet18().state_dict()), tmp_path / "c.pth")
+def test_what_cannot_be_converted_is_refused_in_one_line(change, arguments, message, networks, tmp_path):
+    torch.save(change(networks[0].state_dict()), tmp_path / "c.pth")
     with pytest.raises(ByolTimmError) as raised:
         convert_checkpoint(tmp_path / "c.pth", tmp_path / "encoder", **arguments)
     assert message in str(raised.value) and "\n" not in str(raised.value)
@@ -440,8 +448,8 @@ def recipe(capsys, monkeypatch, *arguments):
     return status, *capsys.readouterr()
 
 
-def test_the_recipe_writes_a_folder_that_can_be_pushed(tmp_path, capsys, monkeypatch):
-    torch.save(lightly_benchmark(resnet().state_dict(), resnet().state_dict()), tmp_path / "byol.ckpt")
+def test_the_recipe_writes_a_folder_that_can_be_pushed(networks, tmp_path, capsys, monkeypatch):
+    torch.save(lightly_benchmark(*(network.state_dict() for network in networks)), tmp_path / "byol.ckpt")
     arguments = (tmp_path / "byol.ckpt", tmp_path / "encoder", "--image_size", 64, "--license", "mit")
     status, out, err = recipe(capsys, monkeypatch, *arguments)
     assert status == 0 and f"push_encoder.py {tmp_path / 'encoder'}" in out, err

@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 from sklearn.datasets import load_digits
 from timm.models._hub import save_config_for_hf
-from torch import nn
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from byol_timm.byol import BYOL
 from byol_timm.encoders import (
@@ -151,7 +153,7 @@ def test_key_value_pairs_become_python_values():
 
 
 @pytest.mark.parametrize("name", ["test_resnet", "test_vit", "test_efficientnet", "test_convnext", "test_mambaout"])
-@pytest.mark.parametrize("channels", [1, 2, 4, 16])
+@pytest.mark.parametrize("channels", [1, 2, 16])
 def test_any_number_of_channels_reaches_the_saved_encoder(name, channels, tmp_path):
     encoder = create_encoder(name, image_size=32, in_chans=channels).eval()
     images = digits(channels=channels)
@@ -392,18 +394,38 @@ def test_a_network_of_every_module_takes_a_step_and_loads_into_plain_timm(module
         assert torch.equal(loaded(images), features)
 
 
+class ShapesOnly(TorchFunctionMode):
+    """Skips what changes values but no shape, which halves the time on the meta device."""
+
+    FUNCTIONS = frozenset(
+        [
+            *(nn.init.uniform_, nn.init.normal_, nn.init.constant_, nn.init.kaiming_uniform_),
+            *(Tensor.uniform_, Tensor.normal_, Tensor.fill_, Tensor.zero_, Tensor.erfinv_, Tensor.clamp_),
+            *(F.batch_norm, F.layer_norm, F.group_norm, F.gelu, F.relu, F.silu, F.softmax),
+            *(torch.sigmoid, Tensor.sigmoid, Tensor.sigmoid_, Tensor.softmax),
+        ]
+    )
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if function in self.FUNCTIONS:
+            return args[0] if args else next(iter(kwargs.values()))
+        return function(*args, **kwargs)
+
+
 def contract(name):
     """Whether the backbone trains on images of 96 pixels, and how it breaks the contract, or None."""
     small = True
     try:
-        try:
-            fit = fit_backbone(name, image_size=96)
-        except ByolTimmError:
-            small = False
-            fit = fit_backbone(name)
+        with ShapesOnly():
+            try:
+                fit = fit_backbone(name, image_size=96)
+            except ByolTimmError:
+                small = False
+                fit = fit_backbone(name)
         twin = copy.deepcopy(fit.encoder)
         arguments = {key: value for key, value in fit.arguments.items() if key not in ("model_name", "pretrained_cfg")}
-        with torch.device("meta"), tempfile.TemporaryDirectory() as folder:
+        with ShapesOnly(), torch.device("meta"), tempfile.TemporaryDirectory() as folder:
             tag = {"pretrained_cfg": {"tag": "byol"}}
             save_config_for_hf(fit.encoder, f"{folder}/config.json", model_config=tag, model_args=arguments)
             timm.create_model(f"local-dir:{folder}").load_state_dict(twin.state_dict(), strict=True)

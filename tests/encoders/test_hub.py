@@ -18,18 +18,9 @@ from loopback_hub import LoopbackHub
 from pictures import DIGITS, digits_table, encoded, photo
 from safetensors.torch import load_file, save_file
 
-from byol_timm.encoders import (
-    CARD_END,
-    CARD_START,
-    PROBE_SECONDS,
-    check_encoder_folder,
-    create_encoder,
-    files_to_push,
-    merge_cards,
-    model_card,
-    register,
-    save_encoder,
-)
+from byol_timm.encoders import create_encoder, files_to_push, register, save_encoder
+from byol_timm.encoders.card import CARD_END, CARD_START, merge_cards, model_card
+from byol_timm.encoders.fetch import PROBE_SECONDS
 from byol_timm.errors import ByolTimmError, redact
 
 TOKEN, READER, STRANGER = (f"hf_{name}{'x' * 30}" for name in ("writer", "reader", "other"))
@@ -174,9 +165,24 @@ def test_a_kill_while_saving_costs_no_words_and_leaves_nothing_behind(moment, tm
 def test_a_folder_of_something_else_is_not_replaced(tmp_path):
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "cat.jpg").write_bytes(b"cat")
-    with pytest.raises(ByolTimmError, match="is no encoder folder"):
+    with pytest.raises(ByolTimmError, match="is not an encoder folder"):
         save(build(), tmp_path / "photos")
     assert (tmp_path / "photos" / "cat.jpg").read_bytes() == b"cat"
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077])
+def test_the_umask_decides_who_may_read_an_encoder(umask, tmp_path):
+    picture = tmp_path / "curves.png"
+    picture.write_bytes(b"x")
+    picture.chmod(0o600)
+    before = os.umask(umask)
+    try:
+        folder = save(build(), tmp_path / "encoder", pictures=[picture])
+    finally:
+        os.umask(before)
+    assert {path.name: path.stat().st_mode & 0o777 for path in folder.iterdir()} == dict.fromkeys(
+        ["config.json", "model.safetensors", "README.md", "byol.json", "curves.png"], 0o666 & ~umask
+    )
 
 
 # Folders of others
@@ -207,7 +213,7 @@ def huge(config):
 )
 def test_a_config_that_timm_cannot_be_trusted_with_is_refused_in_one_line(change, message, tmp_path):
     folder = save(build(), tmp_path / "encoder")
-    check_encoder_folder(folder)
+    create_encoder(f"local-dir:{folder}")
     edit(folder, change)
     with pytest.raises(ByolTimmError, match=message) as raised:
         create_encoder(f"local-dir:{folder}")
@@ -240,7 +246,7 @@ def test_broken_files_are_refused_in_one_line(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("byol.json", b"[1]", "is no JSON object"),
+        ("byol.json", b"[1]", "is not a JSON object"),
         ("byol.json", b"{", "is not JSON"),
         ("README.md", b"\xf6", "is not UTF-8"),
     ],
@@ -294,9 +300,9 @@ def test_the_card_says_what_the_record_holds_and_no_secret():
         "# resnet18 pretrained with BYOL on digits", "library_name: timm", "pipeline_tag: image-feature-extraction",
         "- user/digits", "license: cc-by-4.0", "name: 20-NN top-1", "value: 97.7", "name: linear probe top-1",
         "value: 96.4", 'hf-hub:user/name", pretrained=True',
-        "features_only=True", "num_classes=10", "output_stride | 8", "| lars |", "1,437 images", "abc123", "88.1 %",
+        "features_only=True", "num_classes=10", "output_stride | 8", "| lars |", "on 1,437 images", "abc123", "88.1 %",
         "91.2 %", "**linear probe top-1, this encoder** | 96.4 %", "cosine, T = .07. Linear probe: a linear classifier",
-        "0.700", "shows first: 0.600", "31.2", "| precision | bf16 |", "1 h 23 min", "12,000",
+        "0.700", "shows first: 0.600", "31.2", "| precision | bf16 |", "1 h 23 min", "12,000", "All settings",
         "![Training curves](curves.png)",
         "grill2020bootstrap", "## Limits",
     ):  # fmt: skip
@@ -340,13 +346,15 @@ def test_redaction_leaves_values_and_takes_secrets_and_places():
         "api_key": "abc", "HF_TOKEN": "abc", "password": "", "keys": 3, "lr": 0.1, "list": [f"x {TOKEN} y", None],
         "tokens": ["abc"], "reg_tokens": 2, "class_token": True,
         "folder": home / "data" / "birds", "command": f"python {home}/train.py /home/alice/x", "monkey": "yes",
-        "undecoded": "na\udcc3\udcafve",
+        "undecoded": "na\udcc3\udcafve", "backbone": "local-dir:/data/alice/run", "said": "see /srv/data/a.png, a/b/c",
+        "page": "https://hub.example/a/b",
     }  # fmt: skip
     assert redact(value) == {
         "api_key": "[redacted]", "HF_TOKEN": "[redacted]", "password": "", "keys": 3, "lr": 0.1,
         "tokens": "[redacted]", "reg_tokens": 2, "class_token": True, "list": ["x [redacted] y", None],
         "folder": ".../birds", "command": "python ~/train.py ~/x", "monkey": "yes",
-        "undecoded": "naïve",
+        "undecoded": "naïve", "backbone": "local-dir:.../run", "said": "see .../a.png, a/b/c",
+        "page": "https://hub.example/a/b",
     }  # fmt: skip
 
 
@@ -508,30 +516,50 @@ result = torch.equal(again(images), features)
     }  # fmt: skip
 
 
-@pytest.mark.slow
-def test_a_run_with_a_token_leaves_it_nowhere_and_its_encoder_starts_another_run(hub, client, tmp_path):
-    run = tmp_path / "run"
-    settings = dict(backbone="test_resnet", image_size=32, batch_size=256)
-    changes = dict(settings, output_dir=str(run), push_to_hub="tester/continued")
+@pytest.fixture(scope="module")
+def run(hub, client, tmp_path_factory):
+    """A run on a folder of photos, two of them unreadable, pushed to tester/continued."""
+    place = tmp_path_factory.mktemp("holidays-of-bob")
+    for number in range(44):
+        path = place / "photos" / "ab"[number % 2] / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        photo(32 + number, 32).save(path)
+    for label in "ab":
+        (place / "photos" / label / "wedding.jpg").write_bytes(b"not an image")
+    changes = dict(
+        backbone="test_resnet", image_size=32, dataset=os.path.relpath(place / "photos", client.home), split_seed=7,
+        output_dir=str(place / "run"), push_to_hub="tester/continued",
+    )  # fmt: skip
     client.run(PRETRAIN, changes=changes)
+    return place / "run"
+
+
+def test_nothing_about_single_images_and_no_local_path_leaves_the_machine(hub, run):
+    assert "wedding.jpg" in (run / "bad_images.txt").read_text()
+    for text in [*hub.received, *pushed(hub), *(path.encode() for _, path, *_ in hub.log)]:
+        assert b"wedding" not in text and b"holidays-of-bob" not in text and str(run.parent).encode() not in text
+    files = hub.files("tester/continued")
+    assert json.loads(files["byol.json"])["config"]["dataset"] == ".../photos"
+    assert "on photos" in files["README.md"].decode()
+
+
+def test_the_encoder_carries_the_seed_that_drew_its_held_out_images(hub, run):
+    for record in (hub.files("tester/continued")["byol.json"], (run / "encoder" / "byol.json").read_bytes()):
+        assert json.loads(record)["config"]["split_seed"] == 7
+
+
+def test_a_run_with_a_token_leaves_it_nowhere_and_its_encoder_starts_another_run(hub, client, run, tmp_path):
     assert len(written(run)) > 10 and "pushed to" in client.output
     assert_no_token([*written(run), *pushed(hub), client.output.encode()])
     files = hub.files("tester/continued")
     card, record = files["README.md"].decode(), json.loads(files["byol.json"])
-    for text in (
-        "license: mit",
-        "name: 20-NN top-1",
-        "![Training curves]",
-        "![Map of the representation]",
-    ):
+    for text in ("license: mit", "name: 20-NN top-1", "![Training curves]", "![Map of the representation]"):
         assert text in card, text
-    # Of a clone, but not of an unpacked archive.
+    # In a clone, but not in an unpacked archive.
     cloned = (Path(__file__).parents[2] / ".git").exists()
     assert ("commit | " in card) == cloned and len((record["commit"] or "").rstrip("+")) == 40 * cloned
-    assert str(tmp_path) not in files["byol.json"].decode()
-
-    changes = dict(settings, backbone="hf-hub:tester/continued", output_dir=str(tmp_path / "more"))
-    client.run(PRETRAIN, changes=changes)
+    changes = dict(backbone="hf-hub:tester/continued", image_size=32, dataset=str(run.parent / "photos"))
+    client.run(PRETRAIN, changes=dict(changes, output_dir=str(tmp_path / "more")))
     assert "base_model: tester/continued" in (tmp_path / "more" / "encoder" / "README.md").read_text()
 
 
@@ -592,10 +620,14 @@ def test_the_cache_serves_when_the_hub_does_not(hub, client, tmp_path):
     assert_one_line(failed, "is not in the cache and http://127.0.0.1:9 cannot be reached")
     code = """
     import timm
-    result = timm.create_model("hf-hub:tester/cached", pretrained=True).head_hidden_size
+    from huggingface_hub import constants
+    constants.HF_HUB_OFFLINE = True
+    try:
+        result = timm.create_model("hf-hub:tester/cached", pretrained=True).head_hidden_size
+    finally:
+        constants.HF_HUB_OFFLINE = False
     """
-    with Client(Path(folder).parents[3], hub.url, byol_timm=False, HF_HUB_OFFLINE="1") as offline:
-        assert offline.run(code) == build().head_hidden_size
+    assert client.run(code) == build().head_hidden_size
 
 
 def test_pushing_again_is_one_commit_and_keeps_the_users_words(hub, client, tmp_path):
@@ -681,7 +713,7 @@ def test_a_failing_hub_loses_nothing_and_the_message_holds_the_command(hub, clie
         assert_one_line(failed, f"the Hub answered {status}", "is safe in", command, exit_code=3)
     hub.faults.clear()
     push(client, folder, "tester/faulty", revision="v2", license="mit")
-    assert check_encoder_folder(folder)
+    assert create_encoder(f"local-dir:{folder}")
 
 
 def test_a_hub_that_stumbles_once_is_asked_again(hub, client, tmp_path):
@@ -702,7 +734,7 @@ def test_a_hub_that_fails_in_the_middle_of_an_upload_leaves_the_encoder(hub, cli
     with pytest.raises(Failed) as failed:
         push(client, folder, "tester/middle")
     assert_one_line(failed, f"the Hub answered {fault[2]}", f"push_encoder.py {folder} tester/middle", exit_code=3)
-    assert check_encoder_folder(folder)
+    assert create_encoder(f"local-dir:{folder}")
 
 
 @pytest.mark.slow

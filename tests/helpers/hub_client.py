@@ -32,7 +32,7 @@ class Client:
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment, cwd=home
         )
-        self.output = ""
+        self.home, self.output = home, ""
 
     def run(self, code, **values):
         request = json.dumps({"code": textwrap.dedent(code), "values": {k: str(v) for k, v in values.items()}})

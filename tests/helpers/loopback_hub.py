@@ -1,7 +1,7 @@
 """A Hub on this machine, of the standard library, that the real huggingface_hub client takes for the real one.
 
-Repositories, of models and data sets alike, live in memory. What a test wants to go wrong it says in `faults`; every
-request is in `log`.
+Repositories of models and data sets live in memory. A test lists what should go wrong in `faults`; `log` has every
+request, `received` every body.
 """
 
 import base64
@@ -21,7 +21,7 @@ class LoopbackHub:
     """A context in which the Hub answers at `url`.
 
     tokens: token -> (user, role). repositories: name -> {"refs", "commits", "private", "gated", "owner"}.
-    faults: [method, pattern of the path, status, how often]. log: (method, path, status, token).
+    faults: [method, pattern of the path, status, how often]. log: (method, path, status, token). received: bodies.
     """
 
     def __init__(self):
@@ -30,6 +30,7 @@ class LoopbackHub:
         self.lfs = {}
         self.faults = []
         self.log = []
+        self.received = []
         self.lock = threading.RLock()
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.server.daemon_threads = True
@@ -121,6 +122,7 @@ class Handler(BaseHTTPRequestHandler):
         hub = self.server.hub
         url = urlsplit(self.path)
         body = self.body() if self.command == "POST" or self.command == "PUT" else b""
+        hub.received.append(body)
         self.token = (self.headers.get("Authorization") or "").removeprefix("Bearer ")
         for fault in hub.faults:
             method, pattern, status, times = fault
