@@ -13,8 +13,6 @@ if TYPE_CHECKING:
     from .errors import ByolTimmError as ByolTimmError
     from .evaluation import evaluate as evaluate
     from .evaluation import extract_features as extract_features
-    from .evaluation import knn as knn
-    from .evaluation import train_classifier as train_classifier
     from .pretraining import pretrain as pretrain
     from .views import TwoViews as TwoViews
 
@@ -28,18 +26,16 @@ _HOMES = {
     "create_encoder": "encoders",
     "evaluate": "evaluation",
     "extract_features": "evaluation",
-    "knn": "evaluation",
     "pretrain": "pretraining",
     "push_encoder": "encoders",
     "register": "encoders",
     "save_encoder": "encoders",
-    "train_classifier": "evaluation",
 }
 __all__ = sorted(_HOMES)
 
 
 def __getattr__(name: str) -> Any:
-    # On first use, so that `--help` and a wrong flag are answered before torch is imported.
+    # Imported on first use: `--help` and a wrong flag need not wait for torch.
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)

@@ -5,10 +5,10 @@ from .config import PretrainConfig
 
 
 def main() -> None:
-    """Pretrain as the command line asks."""
+    """Pretrain with the config of the command line."""
     config = parse(PretrainConfig)
 
-    # Only now: --help and a wrong flag are answered without waiting for torch.
+    # Imported here: --help and a wrong flag need not wait for torch.
     from .pretraining import pretrain
 
     pretrain(config)

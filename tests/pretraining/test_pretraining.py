@@ -301,7 +301,10 @@ def test_bad_images_are_replaced_and_named_at_the_end(tmp_path, caplog):
     assert "2 images could not be read" in caplog.text and "bad_images.txt" in caplog.text
     named = (tmp_path / "run" / "bad_images.txt").read_text().splitlines()
     assert sorted(line.partition(": ")[0] for line in named) == ["3/3.png", "5/5.png"]
-    # They stay counted when the run goes on, here from its end.
+    # The names stay on this machine, in that file.
+    left = [path for path in (tmp_path / "run").rglob("*") if path.is_file() and path.name != "bad_images.txt"]
+    assert not [path for path in left if b"3/3.png" in path.read_bytes() or b"5/5.png" in path.read_bytes()]
+    # They stay counted when the run is resumed, here from its end.
     pretrain(quick(tmp_path / "run", dataset=str(folder), batch_size=16, workers=0, cache="none", resume=True))
     assert json.loads((tmp_path / "run" / "results.json").read_text())["bad_images"] == 2
     assert (tmp_path / "run" / "bad_images.txt").read_text().splitlines() == named
@@ -394,7 +397,7 @@ def test_dry_run_measures_the_run_and_tells_it_from_the_papers(tmp_path, caplog)
     )
     assert 1 < int(count) and int(count) * float(step) < took
     assert float(rate.replace(",", "")) * float(step) == pytest.approx(128, rel=0.05)
-    assert re.search(r"memory +[\d.]+ GB .*measured", caplog.text)
+    assert re.search(r"memory +peak of [\d.]+ GB .*measured", caplog.text)
     assert re.search(r"about .* for 1,100 steps", caplog.text)
     assert re.search(r"changed +global_batch +128 \(paper: 4096\)", caplog.text)
     assert re.search(r"same +projection_dim +256", caplog.text)
@@ -435,7 +438,7 @@ def test_what_is_missing_from_a_finished_run_is_written_again_as_far_as_it_is_kn
     shutil.rmtree(folder / "encoder")
     pretrain(quick(folder, resume=True))
     assert weights(folder) == weights(run[0])
-    assert "metrics.jsonl has no figures of steps 1 to 5: curves and results go without" in caplog.text
+    assert "metrics.jsonl has no metrics of steps 1 to 5; curves and results omit them" in caplog.text
     now, then = (json.loads((place / "results.json").read_text()) for place in (folder, run[0]))
     assert {name: now["results"].get(name) for name in then["results"]} == {**then["results"], "knn_random": None}
     assert now["health"] == {} and now["seconds"] > load_latest(folder / "checkpoints").state["seconds"] > 0
@@ -451,7 +454,9 @@ def test_what_is_missing_from_a_finished_run_is_written_again_as_far_as_it_is_kn
 def test_a_finished_run_without_checkpoints_is_not_trained_anew(run, tmp_path):
     folder = shutil.copytree(run[0], tmp_path / "run")
     shutil.rmtree(folder / "checkpoints")
-    with pytest.raises(ByolTimmError, match=r"has an encoder and no checkpoint to go on from\. Discard .* --overwrite"):
+    with pytest.raises(
+        ByolTimmError, match=r"has an encoder but no checkpoint to resume from\. Replace .* --overwrite"
+    ):
         pretrain(quick(folder, resume=True))
     assert weights(folder) == weights(run[0])
 
@@ -532,6 +537,36 @@ def test_a_training_state_that_does_not_fit_is_refused_in_one_line(run, tmp_path
         with pytest.raises(ByolTimmError, match=message) as caught:
             pretrain(quick(tmp_path / "run", **{"training_state": state, **changes}))
         assert "\n" not in str(caught.value)
+
+
+def test_a_run_is_resumed_without_the_training_state_it_started_from(run, tmp_path):
+    state = shutil.copytree(load_latest(run[0] / "checkpoints").path, tmp_path / "step-5")
+    # The heads are those of the training state.
+    settings = dict(training_state=str(state), hidden_dim=None, save_every=3)
+    pretrain(quick(tmp_path / "run", **settings))
+    before = weights(tmp_path / "run")
+    shutil.rmtree(load_latest(tmp_path / "run" / "checkpoints").path)
+    shutil.rmtree(state)
+    pretrain(quick(tmp_path / "run", resume=True, **settings))
+    assert weights(tmp_path / "run") == before
+
+
+def test_a_run_is_resumed_without_the_pretrained_weights_it_started_from(run, tmp_path):
+    folder = shutil.copytree(run[0], tmp_path / "run")
+    checkpoint = load_latest(folder / "checkpoints")
+    shutil.rmtree(checkpoint.path)
+    # As if it had started from weights of the Hub, which no test can reach.
+    checkpoint.state["config"]["pretrained"] = True
+    save_checkpoint(folder / "checkpoints", checkpoint.step, checkpoint.tensors, checkpoint.state)
+    pretrain(quick(folder, pretrained=True, resume=True))
+    assert weights(folder) == weights(run[0])
+
+
+def test_another_batch_size_under_batch_norm_is_one_warning(run, tmp_path, monkeypatch, caplog):
+    folder = shutil.copytree(run[0], tmp_path / "run")
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "2")
+    pretrain(quick(folder, batch_size=128, resume=True))
+    assert [line for line in caplog.messages if "--batch_size 256 -> 128: BatchNorm statistics" in line]
 
 
 # Refused before anything is trained

@@ -10,17 +10,19 @@ import shlex
 import shutil
 import subprocess
 import sys
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import datasets
 import pytest
+from accelerate import Accelerator
 from accelerate.commands.launch import launch_command_parser
 from pictures import digits_table, write_folder
 
 import byol_timm
 from byol_timm.cli import parse
 from byol_timm.config import PretrainConfig
-from byol_timm.pretraining import closing
+from byol_timm.pretraining import closing, summary
 
 ROOT = Path(__file__).parents[2]
 TINY = "--backbone test_resnet --image_size 32 --in_chans 1 --epochs 1 --batch_size 16 --output_dir".split()
@@ -52,6 +54,16 @@ def labelled_images(folder):
     table = datasets.concatenate_datasets([table, other], axis=1)
     table.cast_column("kind", datasets.Value("int64")).to_parquet(folder / "my shards" / "part.parquet")
     return ["--dataset", "my shards", "--image_column", "photo", "--label_column", "kind", "--split_seed", "3"]
+
+
+def test_a_clone_that_is_not_installed_knows_its_version(monkeypatch):
+    def version(name):
+        if name == "byol_timm":
+            raise PackageNotFoundError(name)
+        return "1"
+
+    monkeypatch.setattr(summary, "version", version)
+    assert summary.environment(Accelerator(cpu=True))["versions"]["byol_timm"] == byol_timm.__version__
 
 
 @pytest.mark.slow
