@@ -124,6 +124,8 @@ class PretrainConfig:
     """Compute the views with Triton kernels: faster on a CUDA GPU, for images with 1 or 3 channels."""
     cuda_graph: bool = False
     """Run the whole training step as one CUDA graph: faster for small networks on one GPU."""
+    sync_batch_norm: bool = False
+    """Use byol_timm's synchronised BatchNorm, on CPU processes too (default: torch's, on GPUs only)."""
     seed: int = 0
     """Random seed; fixes weights, data order and augmentation."""
     split_seed: int = 0

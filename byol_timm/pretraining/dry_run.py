@@ -35,7 +35,15 @@ REHEARSED_STEPS, REHEARSAL_SECONDS = 10, 5
 PAPER, PAPER_IMAGES, PAPER_FORWARDS = "imagenet_1000", 1_281_167, 64
 # Fields that do not change what is learned, or choose the images.
 NOT_COMPARED = MAY_CHANGE | {*DATA, *AUGMENTATION_FLAGS, "dataset", "num_images", "streaming", "shuffle_buffer", "seed"}
-NOT_COMPARED |= {"split_seed", "compile", "channels_last", "grad_checkpointing", "triton_views", "cuda_graph"}
+NOT_COMPARED |= {
+    "split_seed",
+    "compile",
+    "channels_last",
+    "grad_checkpointing",
+    "triton_views",
+    "cuda_graph",
+    "sync_batch_norm",
+}
 
 
 def rehearse(plan: Plan, run: Run) -> nn.Module:

@@ -25,6 +25,7 @@ from ..training import (
     prepare,
     recovers,
     restore_optimizer,
+    synchronize_batch_norms,
     train_step,
 )
 from .launch import Run
@@ -44,7 +45,9 @@ class Learner:
         self.byol, settings = plan.byol, plan.settings
         # Lay out, create the optimizer, prepare, then restore: the optimizer's state follows the parameters' layout.
         self.byol.to(memory_format=torch.channels_last if settings.channels_last else torch.contiguous_format)
-        if run.processes.count > 1 and self.accelerator.device.type == "cuda":
+        if run.processes.count > 1 and settings.sync_batch_norm:
+            synchronize_batch_norms(self.byol)
+        elif run.processes.count > 1 and self.accelerator.device.type == "cuda":
             # In place, except for a module that is itself a BatchNorm. torch's own drops activations of timm's layers.
             convert_sync_batchnorm(self.byol)
         if settings.compile:

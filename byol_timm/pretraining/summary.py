@@ -87,8 +87,9 @@ def banner(plan: Plan, run: Run) -> list[str]:
     if plan.frozen:
         lines["frozen"] = ", ".join(plan.frozen)
     if run.processes.count > 1 and has_batch_norm(plan.byol):
+        shared = accelerator.device.type == "cuda" or settings.sync_batch_norm
         separate = "of each process in training (torch has no SyncBatchNorm for CPUs), averaged for evaluation"
-        lines["BatchNorm"] = f"statistics {'of all processes' if accelerator.device.type == 'cuda' else separate}"
+        lines["BatchNorm"] = f"statistics {'of all processes' if shared else separate}"
     lines["folder"] = str(run.folder)
     return [f"byol_timm {__version__}", *(f"  {name:<10} {text}" for name, text in lines.items())]
 
