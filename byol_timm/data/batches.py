@@ -1,34 +1,28 @@
-"""Batches: decoded images, or their crops, in an order that is a function of the seed and the step."""
+"""Training batches, whose order is a function of the seed and the step."""
 
 import contextlib
 import itertools
-import logging
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from ..errors import ByolTimmError
 from .cache import Decoded
 from .decoding import BadImage, Reduction
 from .images import Images, readable
+from .sampling import epoch_order
 from .workers import MAX_BAD, PREFETCH, BadImages, OnBadImage, in_workers, worker_count
-
-logger = logging.getLogger(__name__)
-
-Array = NDArray[Any]
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Images of one forward pass: whole ones (uint8 [B, C, H, W]) or their crops (uint8 [B, 2, C, height, width]).
+    """Images of one forward pass: whole (uint8 [B, C, H, W]) or their crops (uint8 [B, 2, C, height, width]).
 
-    `ordinals` (int64 [B], on the CPU) are epoch * number of images + index: what augmentations are drawn from.
+    `ordinals` (int64 [B], on the CPU) are epoch * number of images + index: augmentations are drawn from them.
     """
 
     images: Tensor | None
@@ -36,37 +30,11 @@ class Batch:
     ordinals: Tensor
 
     def to(self, device: torch.device) -> "Batch":
-        """The same with its pixels on that device; what is pinned travels while other work goes on."""
+        """Return the batch with its pixels on that device; pinned ones are copied while other work runs."""
         images, crops = (
             None if pixels is None else pixels.to(device, non_blocking=True) for pixels in (self.images, self.crops)
         )
         return Batch(images, crops, self.ordinals)
-
-
-def epoch_order(seed: int, epoch: int, n: int) -> Tensor:
-    """The order of `n` images in that epoch, an int64 permutation."""
-    return torch.from_numpy(np.random.default_rng((seed % 2**64, epoch)).permutation(n))
-
-
-def share_indices(count: int, share: float, seed: int) -> Array:
-    """Sorted indices of that share (0 to 1) of `count` images, at least one, whatever their labels.
-
-    A smaller share of the same seed is part of a larger one.
-    """
-    return np.sort(np.random.default_rng(seed % 2**64).permutation(count)[: max(1, round(share * count))])
-
-
-def subset_indices(labels: Array, size: int, seed: int) -> Array:
-    """Sorted indices of at most `size` labelled images, of every class as nearly equally many as there are."""
-    order = np.random.default_rng(seed % 2**64).permutation(np.flatnonzero(labels >= 0))
-    rank = np.empty(len(order), dtype=np.int64)
-    for label in np.unique(labels[order]):
-        members = labels[order] == label
-        rank[members] = np.arange(members.sum())
-    return np.sort(order[np.argsort(rank, kind="stable")[:size]])
-
-
-# Training
 
 
 class TrainingBatches:
@@ -164,7 +132,7 @@ class TrainingBatches:
 
 
 def check_batch(num_images: int, batch_size: int, global_batch: int, world: int) -> None:
-    """Raise `ByolTimmError` unless so many images make up global batches of `batch_size` images per process."""
+    """Raise `ByolTimmError` unless the images fill a global batch of `batch_size` images per process."""
     micro_batches, rest = divmod(global_batch, batch_size * world)
     if rest or not micro_batches:
         raise ByolTimmError(f"global batch {global_batch} is not a multiple of {batch_size} x {world} processes")
@@ -177,9 +145,9 @@ def check_batch(num_images: int, batch_size: int, global_batch: int, world: int)
 
 
 def copied_ahead(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
-    """The same endless batches; to a CUDA device each travels while the one before it is worked on.
+    """Yield the same endless batches, each copied to a CUDA device while the one before it is used.
 
-    Only an error of reading then comes one batch earlier.
+    Errors of reading then come one batch earlier.
     """
     return _copied_ahead(batches, device) if device.type == "cuda" else batches
 
@@ -198,88 +166,9 @@ def _copied_ahead(batches: Iterator[Batch], device: torch.device) -> Iterator[Ba
         current.wait_event(arrived)
         for pixels in (batch.images, batch.crops):
             if pixels is not None:
-                # Its memory belongs to the other stream, which must not use it again before this one is done.
+                # The other stream owns the memory and must not reuse it before this one has finished.
                 pixels.record_stream(current)
         yield batch
-
-
-# Evaluation
-
-
-def evaluation_batches(
-    images: Images,
-    transform: Callable[[Tensor], Tensor],
-    *,
-    batch_size: int,
-    workers: int | None = None,
-    indices: Array | Sequence[int] | None = None,
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Transformed images (uint8 [B, C, height, width]) and their indices (int64 [B]), in the order of `indices`.
-
-    Images that cannot be read are left out, with one warning.
-    """
-    chosen = _chosen(images, indices)
-    example = _example(images, chosen)
-    count, size = worker_count(workers, len(chosen) * example.numel()), transform(example).numel()
-    bad: dict[int, str] = {}
-    answers = in_workers(_ImageReader(images, transform), chosen.split(batch_size), count, size * batch_size)
-    with contextlib.closing(answers):
-        for pixels, good, reasons in answers:
-            bad |= reasons
-            if len(good):
-                yield pixels, good
-    if bad:
-        first = next(iter(bad.values()))
-        logger.warning("%d of %d images cannot be read and are left out; the first: %s", len(bad), len(chosen), first)
-
-
-def load_pixels(
-    images: Images,
-    transform: Callable[[Tensor], Tensor],
-    *,
-    workers: int | None = None,
-    indices: Array | Sequence[int] | None = None,
-) -> tuple[Tensor, Tensor]:
-    """All of `evaluation_batches` in memory: uint8 [M, C, height, width] and the int64 indices of those M images."""
-    chosen = _chosen(images, indices)
-    shape = transform(_example(images, chosen)).shape
-    pixels, good, count = torch.empty(len(chosen), *shape, dtype=torch.uint8), torch.empty_like(chosen), 0
-    for part, found in evaluation_batches(images, transform, batch_size=32, workers=workers, indices=indices):
-        place = slice(count, count + len(found))
-        pixels[place], good[place] = part, found
-        count = place.stop
-    return pixels[:count], good[:count]
-
-
-def _chosen(images: Images, indices: Array | Sequence[int] | None) -> Tensor:
-    return torch.arange(len(images)) if indices is None else torch.from_numpy(np.array(indices, dtype=np.int64))
-
-
-def _example(images: Images, indices: Tensor) -> Tensor:
-    images = images.subset(indices.numpy())
-    return next(readable(images, 100, images.decode))
-
-
-# Reading in processes
-
-
-class _ImageReader:
-    """Answers a request for indices with the transformed images that can be read, their indices, and the others."""
-
-    def __init__(self, images: Images, transform: Callable[[Tensor], Tensor]) -> None:
-        self.images, self.transform = images, transform
-
-    def __getitem__(self, indices: Tensor) -> tuple[Tensor, Tensor, dict[int, str]]:
-        pixels, good, bad = [], [], {}
-        for index in indices.tolist():
-            try:
-                image = self.images.decode(index)
-            except BadImage as reason:
-                bad[index] = f"{self.images.describe(index)}: {reason}"
-            else:
-                pixels.append(self.transform(image))
-                good.append(index)
-        return torch.stack(pixels) if pixels else torch.empty(0), torch.tensor(good, dtype=torch.int64), bad
 
 
 class CropReader:

@@ -13,6 +13,7 @@ from ..errors import ByolTimmError
 from .decoding import Reduction, ValueRange
 from .folders import TABLES, _folder, scan
 from .images import TEST_NAMES, TRAIN, Array, Images, Splits, _Part
+from .sampling import class_share_indices
 from .tables import _columns, _load_tables
 
 HELD_OUT, DIGITS_HELD_OUT = 0.1, 0.2
@@ -134,7 +135,10 @@ def _choose(
 
 def hold_out(images: Images, split_seed: int, *, share: float = HELD_OUT) -> Splits:
     """Split labelled images: hold out that share of every class for evaluation, drawn by the seed."""
-    test_rows = _held_out_rows(np.zeros(0) if images.labels is None else images.labels, share, split_seed)
+    # One generator for all classes, in their order.
+    generator = np.random.default_rng(split_seed % 2**64)
+    labels = np.zeros(0) if images.labels is None else images.labels
+    test_rows = class_share_indices(labels, share, lambda _: generator, leave_one=True)
     if not len(test_rows):
         return Splits(images, None, "no class has two images: no evaluation")
     kept = np.setdiff1d(np.arange(len(images)), test_rows)
@@ -160,17 +164,6 @@ def _images(part: _Part, name: str, channels: int, class_names: tuple[str, ...])
         if not (labels >= 0).any():
             labels = None
     return Images(name, channels, labels, class_names if labels is not None else (), part.source, np.arange(part.size))
-
-
-def _held_out_rows(labels: Array, share: float, seed: int) -> Array:
-    """Sorted indices of that share of every class, at least one where a class has more."""
-    random = np.random.default_rng(seed % 2**64)
-    chosen = [np.empty(0, dtype=np.int64)]
-    for label in np.unique(labels[labels >= 0]):
-        members = np.flatnonzero(labels == label)
-        count = min(max(1, round(share * len(members))), len(members) - 1)
-        chosen.append(random.permutation(members)[:count])
-    return np.sort(np.concatenate(chosen))
 
 
 def _digits() -> dict[str, _Part]:

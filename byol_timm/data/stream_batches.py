@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from ..errors import ByolTimmError
-from .batches import Batch, CropReader, check_batch, checked, epoch_order
+from .batches import Batch, CropReader, check_batch, checked
 from .decoding import BadImage, Reduction
 from .images import Images, readable
+from .sampling import epoch_order
 from .streams import Stream, decode_content
 from .workers import BadImages, OnBadImage, in_workers, worker_count
 

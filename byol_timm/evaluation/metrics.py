@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..data import Images
+from ..data import Images, class_share_indices
 from ..errors import ByolTimmError
 
 Array = NDArray[Any]
@@ -24,13 +24,7 @@ def label_subset(labels: Labels, fraction: float, seed: int) -> Array:
     """
     if not 0 < fraction <= 1:
         raise ByolTimmError(f"the share of labels must be above 0 and at most 1 ({fraction})")
-    labels = np.asarray(labels)
-    chosen = [np.empty(0, dtype=np.int64)]
-    for label in np.unique(labels[labels >= 0]):
-        members = np.flatnonzero(labels == label)
-        order = np.random.default_rng((seed % 2**64, int(label))).permutation(members)
-        chosen.append(order[: max(1, round(fraction * len(members)))])
-    return np.sort(np.concatenate(chosen))
+    return class_share_indices(np.asarray(labels), fraction, lambda label: np.random.default_rng((seed % 2**64, label)))
 
 
 def classification_metrics(scores: Tensor, labels: Labels) -> dict[str, Any]:

@@ -314,7 +314,7 @@ def test_evaluation_leaves_bad_images_out_with_one_warning(spoilt, caplog):
     assert indices.tolist() == [index for index in range(60) if index not in (7, 8, 59)]
     assert torch.equal(pixels[7], EvaluationTransform(16)(spoilt.decode(9)))
     assert [record.getMessage().split(";")[0] for record in caplog.records] == [
-        "3 of 60 images cannot be read and are left out"
+        "3 of 60 images cannot be read and are skipped"
     ]
 
 
