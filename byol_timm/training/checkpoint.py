@@ -12,8 +12,8 @@ import logging
 import os
 import re
 import shutil
-import threading
 from collections.abc import Callable, Collection, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -47,12 +47,7 @@ class Checkpoint:
 
 
 def save_checkpoint(
-    folder: Path,
-    step: int,
-    tensors: Mapping[str, Mapping[str, Tensor]],
-    state: Mapping[str, Any],
-    *,
-    keep: int = 2,
+    folder: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any], *, keep: int = 2
 ) -> Path:
     """Save `folder/step-N`, then remove all but the newest `keep` (at least 2) up to this step; return its path.
 
@@ -63,10 +58,10 @@ def save_checkpoint(
 
 
 def load_latest(folder: Path, groups: Collection[str] | None = None) -> Checkpoint | None:
-    """Return the newest checkpoint in `folder` that is undamaged, or None; delete what killed saves have left.
+    """Return the newest undamaged checkpoint in `folder`, or None; delete what killed saves have left.
 
-    groups: of tensors to check and load; None: all.
-    Raises `ByolTimmError` for a checkpoint of a newer byol_timm, and if all checkpoints are damaged.
+    groups: the tensors to check and load; None: all. Raises `ByolTimmError` for a checkpoint of a newer byol_timm, and
+    if all checkpoints are damaged.
     """
     if not folder.is_dir():
         return None
@@ -104,35 +99,26 @@ class CheckpointWriter:
     """
 
     def __init__(self, folder: Path, *, keep: int = 2, saved: Callable[[int], None] = lambda step: None) -> None:
-        self.folder = folder
-        self.keep = keep
-        self._saved = saved
-        self._thread: threading.Thread | None = None
-        self._error: Exception | None = None
+        self._folder, self._keep, self._saved = folder, keep, saved
+        self._pending: Future[None] | None = None
 
     def save(self, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> None:
         """Copy everything now and write it as `save_checkpoint` does, after the previous save has ended."""
         self.close()
-        files, text = _on_host(tensors), json.dumps(state)
+        # A thread of its own for each save: an idle one would be in the way of data workers that fork.
+        pool = ThreadPoolExecutor(1, f"save-step-{step}")
+        self._pending = pool.submit(self._write, step, _on_host(tensors), json.dumps(state))
+        pool.shutdown(wait=False)
 
-        def write() -> None:
-            try:
-                _write(self.folder, step, files, text, self.keep)
-                self._saved(step)
-            except Exception as error:
-                self._error = error
-
-        self._thread = threading.Thread(target=write, name=f"save-step-{step}")
-        self._thread.start()
+    def _write(self, step: int, files: Mapping[str, dict[str, Tensor]], state: str) -> None:
+        _write(self._folder, step, files, state, self._keep)
+        self._saved(step)
 
     def close(self) -> None:
         """Wait until the last save is on the disk."""
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
-        error, self._error = self._error, None
-        if error is not None:
-            raise error
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
 
     def __enter__(self) -> "CheckpointWriter":
         return self
@@ -204,8 +190,7 @@ def _write(folder: Path, step: int, files: Mapping[str, dict[str, Tensor]], stat
             if _is_good(final):
                 return final
             _remove(final)
-        if temporary.exists():
-            shutil.rmtree(temporary)
+        shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
         try:
             entries = {name: _write_file(temporary / name, safetensors.torch.save(t)) for name, t in files.items()}
@@ -226,7 +211,7 @@ def _write(folder: Path, step: int, files: Mapping[str, dict[str, Tensor]], stat
 
 
 def _write_file(path: Path, data: bytes) -> dict[str, Any]:
-    """Write one file of a folder that is not in use yet; return its entry in the manifest."""
+    """Write one file of an unfinished folder; return its entry in the manifest."""
     with open(path, "xb") as file:
         file.write(data)
         file.flush()

@@ -30,8 +30,8 @@ def claim_folder(path: Path, *, resume: bool = False, overwrite: bool = False) -
     back, also if the process was killed and the folder is claimed again. A folder that this call has created and that
     is still empty at an error is removed.
 
-    Raises `ByolTimmError` for a file, a folder that cannot be written or is in use, contents that neither `resume` nor
-    `overwrite` allows, `overwrite` of a folder that no run has locked, and `resume` of one without a run.
+    Raises `ByolTimmError` for a path that is a file, cannot be written or is in use, and for contents that are not a
+    run, or that neither `resume` nor `overwrite` allows.
     """
     is_new = not os.path.exists(path)
     _make_writable(path)
@@ -63,7 +63,8 @@ def check_resumable(path: Path) -> None:
         return
     siblings = path.parent.iterdir() if path.parent.is_dir() and not exists else ()
     # Names that differ in a number are runs of their own: seed_0, seed_1.
-    runs = [entry.name for entry in siblings if _numbers(entry) == _numbers(path) and _holds_run(entry)]
+    numbers = re.compile(r"\d+").findall
+    runs = [entry.name for entry in siblings if numbers(entry.name) == numbers(path.name) and _holds_run(entry)]
     near = closest(path.name, runs, cutoff=0.9)
     if near:
         raise ByolTimmError(
@@ -154,10 +155,6 @@ def _contents(path: Path) -> list[Path]:
 
 def _holds_run(path: Path) -> bool:
     return any((path / mark).exists() for mark in _RUN_MARKS)
-
-
-def _numbers(path: Path) -> list[str]:
-    return re.findall(r"\d+", path.name)
 
 
 def _set_aside(path: Path) -> None:

@@ -1,9 +1,11 @@
 """Metrics of a run: metrics.jsonl, progress on the screen, trackers."""
 
 import contextlib
+import errno
 import json
 import logging
 import math
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -56,19 +58,11 @@ class MetricsLog:
             logger.warning(f"{self._path} has no metrics of steps 1 to {resume_step}; curves and results omit them")
         write_whole(self._path, "".join(map(_line, rows)).encode())
         self._file = open(self._path, "ab", buffering=0)
-        self._tracker = tracker
-        self._total_steps, self._images_per_step = total_steps, images_per_step
+        self._tracker, self._total_steps, self._images_per_step = tracker, total_steps, images_per_step
         self._stream = sys.stdout if stream is None else stream
-        self._bar = tqdm(
-            total=total_steps,
-            initial=resume_step,
-            file=self._stream,
-            unit="step",
-            dynamic_ncols=True,
-            disable=not self._stream.isatty(),
-        )
-        self._seconds_before, self._start = seconds, time.monotonic()
-        self._paused = 0.0
+        on_terminal = dict(file=self._stream, dynamic_ncols=True, disable=not self._stream.isatty())
+        self._bar = tqdm(total=total_steps, initial=resume_step, unit="step", **on_terminal)
+        self._seconds_before, self._start, self._paused = seconds, time.monotonic(), 0.0
         self._first_time = self._last_time = self._training_clock()
         self._start_step = self._last_step = resume_step
 
@@ -93,8 +87,7 @@ class MetricsLog:
 
         Return the row as written. Numbers that are not finite are written as null.
         """
-        now, step = self._training_clock(), int(row["step"])
-        full = dict(row)
+        now, step, full = self._training_clock(), int(row["step"]), dict(row)
         if step > self._last_step and "loss" in row:
             images = (step - self._last_step) * self._images_per_step
             full["images_per_second"] = images / max(now - self._last_time, 1e-9)
@@ -107,7 +100,6 @@ class MetricsLog:
         return full
 
     def close(self) -> None:
-        """Close the file and leave the bar on the screen."""
         self._file.close()
         self._bar.close()
 
@@ -122,11 +114,10 @@ class MetricsLog:
 
     def _write(self, line: bytes) -> None:
         try:
-            written = self._file.write(line)
+            if self._file.write(line) != len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as error:
             raise ByolTimmError(f"cannot write {self._path} ({error.strerror})") from error
-        if written != len(line):
-            raise ByolTimmError(f"cannot write {self._path} (No space left on device)")
 
     def _show(self, row: Mapping[str, float], step: int, now: float) -> None:
         shown = [f"{label} {form.format(row[name])}" for name, label, form in _SHOWN if name in row]

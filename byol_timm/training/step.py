@@ -18,7 +18,7 @@ from .processes import average_batch_statistics
 
 
 def enable_grad_checkpointing(encoder: Any) -> None:
-    """Let the encoder recompute activations in the backward pass; `ByolTimmError` where timm's network cannot."""
+    """Let the encoder recompute activations in the backward pass; raise `ByolTimmError` if timm does not support it."""
     try:
         encoder.set_grad_checkpointing(True)
     except AssertionError as error:
@@ -29,12 +29,12 @@ def enable_grad_checkpointing(encoder: Any) -> None:
 
 @contextlib.contextmanager
 def statistics_held(encoder: nn.Module) -> Iterator[None]:
-    """BatchNorms leave their running statistics alone: for a backward pass that recomputes what they have counted."""
+    """Freeze the running statistics of BatchNorms, for a backward pass that recomputes batches they have counted."""
     norms = [module for module in encoder.modules() if isinstance(module, _BatchNorm)]
     held = [(norm, norm.momentum, norm.num_batches_tracked) for norm in norms]
     for norm, _, count in held:
         if count is not None:
-            # Not in eval mode, nor without statistics: a recomputation must save the tensors that the first one did.
+            # Not by eval mode or without statistics: a recomputation must save the same tensors as the first pass.
             norm.momentum, norm.num_batches_tracked = 0.0, torch.zeros_like(count)
     try:
         yield
