@@ -5,7 +5,7 @@ import itertools
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..data import Images, TrainingBatches, epoch_order, open_cache
 from ..encoders import encoder_width
 from ..errors import ByolTimmError
-from ..training import learning_rate
+from ..training import DeviceViews, learning_rate
 from ..views import Augmentation, TwoViews
 from .features import Network, Preparation, dataset_features, device_of, evaluating
 from .metrics import Array, Labels, accuracy, classification_metrics, label_subset, labelled, labels_of
@@ -32,18 +32,15 @@ ABSENT = -1e4
 
 @dataclass(frozen=True)
 class Protocol:
-    """How a classifier is trained.
-
-    If there are several settings, each is tried without the held-out training images. The one that is most accurate on
-    these is then trained on all training images.
+    """How a classifier is trained. The most accurate setting on held-out training images is trained on all of them.
 
     frozen: True for a linear classifier on a frozen encoder, False for fine-tuning.
     lrs, epochs: of SGD with Nesterov momentum 0.9 and no weight decay; the rate follows a cosine from `lr` to 0.
-    l2: penalties of logistic regression by L-BFGS, used instead of SGD: `l2 / 2 |w|^2` plus the sum of the losses.
+    l2: penalties `l2 / 2 |w|^2` plus the sum of the losses, of logistic regression by L-BFGS instead of SGD.
     labels: share of the labels of every class that is used for training.
-    augmentation: of the training images, as for view 1. None extracts features once, without augmentation.
-    min_steps: small data sets are repeated beyond `epochs`, up to this many steps.
-    standardize: scale features to mean 0 and standard deviation 1 over the training images.
+    augmentation: of the training images, as for view 1; None extracts features once.
+    min_steps: repeats small data sets beyond `epochs`, up to this many steps.
+    standardize: scales features to mean 0 and standard deviation 1 over the training images.
     held_out: share of every class that settings are chosen on.
     """
 
@@ -92,10 +89,7 @@ PROTOCOLS: dict[str, Protocol] = {
 
 
 class TrainedClassifier(NamedTuple):
-    """An encoder with a linear classifier on top, and its metrics and training settings as JSON values.
-
-    rows: in their split, of the images whose labels were used for training.
-    """
+    """An encoder with a linear classifier, its metrics for JSON, and the rows whose labels it was trained with."""
 
     classifier: nn.Sequential
     metrics: dict[str, Any]
@@ -189,15 +183,13 @@ def fit_linear(
             stream = _shuffled(inputs[members], labels[members].to(inputs.device), protocol.batch_size, seed)
         else:
             stream = (((fresh - shift) / scale, targets) for fresh, targets in batches(members))
-        _descend(heads, settings, stream, len(members), protocol)
-        return heads
+        return _descend(heads, settings, stream, len(members), protocol)
 
     def score(head: nn.Linear, members: Array) -> tuple[Tensor, Tensor]:
         return head(inputs[members].to(head.weight.dtype)).cpu(), labels[members]
 
     head, record = _choose(protocol, labels.numpy(), fit, score, seed)
     with torch.no_grad():
-        _silence_absent(head, labels.numpy())
         head.weight.div_(scale)
         head.bias.sub_(head.weight @ shift.to(head.weight.dtype))
     return head, record
@@ -210,23 +202,22 @@ def _finetune(
     device, labels = device_of(encoder), labels_of(train, "learn from")
 
     def fit(settings: Sequence[Setting], members: Array) -> list[nn.Sequential]:
-        networks = []
-        for _ in settings:
-            head = zero_linear(encoder_width(encoder), num_classes).to(device)
-            networks.append(nn.Sequential(copy.deepcopy(encoder), head).requires_grad_(True).train())
+        heads = [zero_linear(encoder_width(encoder), num_classes).to(device) for _ in settings]
+        networks = [nn.Sequential(copy.deepcopy(encoder), head).requires_grad_(True).train() for head in heads]
         stream = augmented(train.subset(members), preparation, protocol, device, seed)
-        with torch.random.fork_rng([device] if device.type == "cuda" else []), _deterministic_convolutions():
-            torch.manual_seed(seed)
-            _descend(networks, settings, stream, len(members), protocol)
-        return networks
+        before, torch.backends.cudnn.deterministic = torch.backends.cudnn.deterministic, True
+        try:
+            with torch.random.fork_rng([device] if device.type == "cuda" else []):
+                torch.manual_seed(seed)
+                return _descend(networks, settings, stream, len(members), protocol)
+        finally:
+            torch.backends.cudnn.deterministic = before
 
     def score(network: nn.Sequential, members: Array) -> tuple[Tensor, Tensor]:
         scores, read = dataset_features(network, train, preparation, indices=members)
         return scores, torch.as_tensor(labels)[read]
 
     network, record = _choose(protocol, labels, fit, score, seed)
-    head: Any = network[-1]
-    _silence_absent(head, labels)
     return network.eval(), train, record
 
 
@@ -263,20 +254,17 @@ def _choose(
             trials.append({**setting, "accuracy": top1, "loss": loss if math.isfinite(loss) else None})
         best = ranks.index(max(ranks))
     [network] = fit(settings[best : best + 1], everyone)
+    head: Any = network[-1] if isinstance(network, nn.Sequential) else network
+    with torch.no_grad():
+        absent = torch.as_tensor(np.bincount(labels[everyone], minlength=len(head.bias)) == 0)
+        head.weight[absent], head.bias[absent] = 0.0, ABSENT
     return network, {"chosen": settings[best], "trials": trials}
 
 
-@torch.no_grad()
-def _silence_absent(head: nn.Linear, labels: Array) -> None:
-    """Make the classifier never choose a class without training images."""
-    absent = torch.as_tensor(np.bincount(labels[labels >= 0], minlength=head.out_features) == 0)
-    head.weight[absent], head.bias[absent] = 0.0, ABSENT
-
-
 def _descend(
-    networks: Sequence[nn.Module], settings: Sequence[Setting], batches: Batches, images: int, protocol: Protocol
-) -> None:
-    """Train the networks by SGD on the same batches, each with its own setting."""
+    networks: list[Network], settings: Sequence[Setting], batches: Batches, images: int, protocol: Protocol
+) -> list[Network]:
+    """Train the networks by SGD on the same batches, each with its own setting, and return them."""
     steps_per_epoch = images // min(protocol.batch_size, images)
     totals = [max(round(setting["epochs"] * steps_per_epoch), protocol.min_steps) for setting in settings]
     optimizers = [torch.optim.SGD(network.parameters(), lr=0.0, momentum=0.9, nesterov=True) for network in networks]
@@ -289,6 +277,7 @@ def _descend(
                     optimizer.zero_grad()
                     F.cross_entropy(network(inputs), labels, ignore_index=-1).backward()
                     optimizer.step()
+    return networks
 
 
 def _shuffled(inputs: Tensor, labels: Tensor, batch_size: int, seed: int) -> Batches:
@@ -301,35 +290,23 @@ def _shuffled(inputs: Tensor, labels: Tensor, batch_size: int, seed: int) -> Bat
 
 
 def augmented(images: Images, preparation: Preparation, protocol: Protocol, device: torch.device, seed: int) -> Batches:
-    """Yield endless batches of augmented, normalized images and their labels, on the device."""
-    views = TwoViews(
-        protocol.augmentation or NO_AUGMENTATION,
-        preparation.transform.size,
-        seed=seed,
-        mean=preparation.mean,
-        std=preparation.std,
-    )
+    """Yield endless batches of augmented, normalized images and their labels, each valid until the next."""
+    normalization: Any = dict(mean=preparation.mean, std=preparation.std)
+    augmentation = protocol.augmentation or NO_AUGMENTATION
+    views = TwoViews(augmentation, preparation.transform.size, seed=seed, **normalization)
+    make_views = DeviceViews(views, device, preparation.channels_last)
     labels = torch.tensor(images.labels)
-    batch_size = min(protocol.batch_size, len(images))
-    batches = TrainingBatches(
-        open_cache(images, None, workers=preparation.workers, poll=preparation.poll or (lambda: None)),
-        batch_size=batch_size,
-        global_batch=batch_size,
-        cut=views.cut,
-        seed=seed,
-        workers=preparation.workers,
-    )
-    with batches:
+    size = min(protocol.batch_size, len(images))
+    cached = open_cache(images, None, workers=preparation.workers, poll=preparation.poll or (lambda: None))
+    with TrainingBatches(
+        cached, batch_size=size, global_batch=size, cut=views.cut, seed=seed, workers=preparation.workers
+    ) as batches:
         for batch in batches:
             if preparation.poll is not None:
                 preparation.poll()
-            if batch.crops is not None:
-                view, _ = views.finish(batch.crops.to(device), batch.ordinals)
-            else:
-                view, _ = views(batch.images.to(device), batch.ordinals)  # type: ignore[union-attr]
             # Unreadable images are replaced by others: ignore their labels.
             labels[list(batches.bad)] = -1
-            yield view.contiguous(memory_format=preparation.layout), labels[batch.ordinals % len(images)].to(device)
+            yield make_views(batch)[0], labels[batch.ordinals % len(images)].to(device)
 
 
 def _logistic(features: Tensor, labels: Tensor, l2: float, num_classes: int) -> nn.Linear:
@@ -353,7 +330,7 @@ def _logistic(features: Tensor, labels: Tensor, l2: float, num_classes: int) -> 
 
 def zero_linear(width: int, num_classes: int) -> nn.Linear:
     """Return a linear layer of zeros, without drawing random numbers."""
-    layer = nn.utils.skip_init(nn.Linear, width, num_classes)
+    layer: nn.Linear = nn.utils.skip_init(nn.Linear, width, num_classes)
     nn.init.zeros_(layer.weight)
     nn.init.zeros_(layer.bias)
     return layer
@@ -361,10 +338,10 @@ def zero_linear(width: int, num_classes: int) -> nn.Linear:
 
 def _resolve(protocol: str | Protocol, frozen: bool) -> tuple[str, Protocol]:
     """Return name and values of a protocol, which must fit `frozen`."""
-    if isinstance(protocol, Protocol):
-        name = "custom"
-    else:
-        name = protocol if protocol != "quick" else "quick-linear" if frozen else "quick-finetune"
+    if protocol == "quick":
+        protocol = "quick-linear" if frozen else "quick-finetune"
+    name = protocol if isinstance(protocol, str) else "custom"
+    if isinstance(protocol, str):
         if name not in PROTOCOLS:
             raise ByolTimmError(f"there is no protocol {name!r}. Choose quick, {', '.join(PROTOCOLS)}")
         protocol = PROTOCOLS[name]
@@ -372,13 +349,3 @@ def _resolve(protocol: str | Protocol, frozen: bool) -> tuple[str, Protocol]:
         kinds = ("frozen", "fine-tuned") if protocol.frozen else ("fine-tuned", "frozen")
         raise ByolTimmError(f"protocol {name} is for {kinds[0]} encoders, not {kinds[1]} ones. Choose another")
     return name, protocol
-
-
-@contextmanager
-def _deterministic_convolutions() -> Iterator[None]:
-    before = torch.backends.cudnn.deterministic
-    torch.backends.cudnn.deterministic = True
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.deterministic = before

@@ -69,10 +69,6 @@ class Preparation:
     workers: int | None = None
     poll: Callable[[], None] | None = None
 
-    @property
-    def layout(self) -> torch.memory_format:
-        return torch.channels_last if self.channels_last else torch.contiguous_format
-
     @classmethod
     def of(cls, encoder: nn.Module, in_chans: int = 3, **settings: Any) -> "Preparation":
         """Take image size, crop, mean and std from what timm knows of the encoder. Small images are not cropped."""
@@ -121,18 +117,13 @@ def dataset_features(
     return features, torch.cat(read).numpy()
 
 
-def raw_pixels(images: Tensor) -> Tensor:
-    """Return images [N, C, H, W] as features, float32 [N, C * h * w], averaged to 32x32 if they are larger."""
-    if images.shape[-1] > RAW_PIXELS_SIZE:
-        images = torch.cat([F.adaptive_avg_pool2d(part.float(), RAW_PIXELS_SIZE) for part in images.split(256)])
-    return images.float().flatten(1)
-
-
 class RawPixels(nn.Module):
-    """Return `raw_pixels` as an encoder would its features, to compare encoders with."""
+    """Return images [N, C, H, W] as features, float32 [N, C * h * w], averaged to 32x32 if they are larger."""
 
     def forward(self, images: Tensor) -> Tensor:
-        return raw_pixels(images)
+        if images.shape[-1] > RAW_PIXELS_SIZE:
+            images = torch.cat([F.adaptive_avg_pool2d(part.float(), RAW_PIXELS_SIZE) for part in images.split(256)])
+        return images.float().flatten(1)
 
 
 @contextmanager

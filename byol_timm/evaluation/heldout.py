@@ -15,7 +15,7 @@ from ..data import Images, load_pixels, subset_indices
 from ..report import save_confusion, save_embedding, save_neighbours
 from ..training import Interruption, optimizer_tensors, restore_optimizer
 from .classifier import zero_linear
-from .features import Preparation, extract_features, raw_pixels
+from .features import Preparation, RawPixels, extract_features
 from .metrics import classification_metrics
 from .neighbours import knn, knn_scores, nearest_neighbours
 
@@ -55,7 +55,7 @@ class LinearProbe:
     def accuracy(self, features: Tensor, labels: Tensor) -> float:
         """Return the accuracy, 0 to 1, on features [N, width] with labels int64 [N], -1 for unlabelled."""
         predicted = self.classifier(features.to(self.device).float()).argmax(1)
-        return ((predicted == labels.to(self.device)).sum() / (labels >= 0).sum().clamp(min=1)).item()
+        return float((predicted == labels.to(self.device)).sum() / (labels >= 0).sum().clamp(min=1))
 
     def tensors(self) -> dict[str, Tensor]:
         """Return all of its state, for a checkpoint."""
@@ -125,7 +125,7 @@ class Examples:
 
     def knn_of_pixels(self) -> float:
         """Return the kNN accuracy of the raw pixels, averaged to 32x32 if images are larger."""
-        bank, queries = (raw_pixels(images) for images in (self.bank, self.queries))
+        bank, queries = (RawPixels()(images) for images in (self.bank, self.queries))
         return knn(bank, self.bank_labels, queries, self.query_labels, k=NEIGHBOURS)
 
     def save_pictures(self, encoder: nn.Module, folder: Path, *, method: Literal["pca", "tsne"] = "pca") -> None:

@@ -45,24 +45,20 @@ def evaluate(
     config = _config(encoder, dataset, method, options)
     folder = _evaluation_folder(Path(config.output)) if config.output else None
     network, split_seed = _open_encoder(config) if isinstance(encoder, str) else (encoder, config.split_seed or 0)
-    if isinstance(dataset, str):
-        splits = _open_splits(config, network, split_seed)
-    else:
-        splits = hold_out(dataset, split_seed) if isinstance(dataset, Images) else dataset
+    splits, preparation = _open_images(config, network, dataset, split_seed)
     if splits.test is None:
         raise ByolTimmError(f"{config.dataset} has no labels to evaluate with. Name their column with --label_column")
-    train, test, preparation = splits.train, splits.test, _preparation(config, network)
     rows = None
     if isinstance(config, KnnConfig):
-        metrics = _knn(config, network, train, test, preparation)
+        metrics = _knn(config, network, splits.train, splits.test, preparation)
     else:
         settings: Any = dict(frozen=method == "linear", protocol=config.protocol, seed=config.seed)
-        _, metrics, rows = train_classifier(network, train, test, preparation, **settings)
+        _, metrics, rows = train_classifier(network, splits.train, splits.test, preparation, **settings)
     about = {"encoder": config.encoder, "dataset": config.dataset, "split_seed": split_seed, "method": method}
-    metrics = {**about, **metrics, "class_names": list(train.class_names)}
+    metrics = {**about, **metrics, "class_names": list(splits.train.class_names)}
     if folder:
         write_json(folder / "results.json", metrics)
-        save_confusion(metrics["confusion"], train.class_names, folder / "confusion.png")
+        save_confusion(metrics["confusion"], splits.train.class_names, folder / "confusion.png")
         if rows is not None:
             write_json(folder / "labelled.json", rows.tolist())
     return metrics
@@ -95,9 +91,10 @@ def open_evaluation(config: EvaluationConfig, *, labelled: bool = True) -> tuple
 
     labelled: False puts all images of the split into `train`, with or without labels.
     """
+    _check(config)
     encoder, split_seed = _open_encoder(config)
-    splits = _open_splits(config, encoder, split_seed, labelled=labelled)
-    return encoder, splits, _preparation(config, encoder)
+    splits, preparation = _open_images(config, encoder, config.dataset, split_seed, labelled=labelled)
+    return encoder, splits, preparation
 
 
 def _config(
@@ -108,61 +105,68 @@ def _config(
         raise ByolTimmError(f"method must be knn, linear or finetune ({method})")
     kind = KnnConfig if method == "knn" else ClassifierConfig
     names = [field.name for field in fields(kind)]
-    needs_name = [] if isinstance(encoder, str) else ["pretrained", "image_size", "in_chans"]
+    for_names = [] if isinstance(encoder, str) else ["pretrained", "image_size", "in_chans"]
     if not isinstance(dataset, str):
-        needs_name += ["dataset_config", "split", "image_column", "label_column", "value_range"]
+        for_names += ["dataset_config", "split", "image_column", "label_column", "value_range"]
+        dataset = dataset.name if isinstance(dataset, Images) else dataset.train.name
     for name in options:
         if name not in names:
             raise ByolTimmError(f"{method} has no option {name!r}. {nearest(name, names)}")
-        if name in needs_name:
+        if name in for_names:
             raise ByolTimmError(f"{name} ({options[name]}) needs encoder and dataset given by name. Leave it out")
-    images = dataset.train if isinstance(dataset, Splits) else dataset
-    config = kind(
-        encoder=encoder if isinstance(encoder, str) else type(encoder).__name__,
-        dataset=images if isinstance(images, str) else images.name,
-        **options,
-    )
+    called = encoder if isinstance(encoder, str) else type(encoder).__name__
+    config = kind(encoder=called, dataset=dataset, **options)
+    _check(config)
+    return config
+
+
+def _check(config: EvaluationConfig) -> None:
     check_seed(config.seed)
     if config.workers is not None and config.workers < 0:
         raise ByolTimmError(f"--workers must not be negative ({config.workers})")
-    for name in ("k", "temperature"):
-        if name in names and not getattr(config, name) > 0:
-            raise ByolTimmError(f"--{name} must be positive ({getattr(config, name)})")
-    return config
+    for name, value in vars(config).items():
+        if name in ("k", "temperature") and not value > 0:
+            raise ByolTimmError(f"--{name} must be positive ({value})")
 
 
 def _open_encoder(config: EvaluationConfig) -> tuple[nn.Module, int]:
     """Return the encoder, and the seed that held out test images when it was trained, unless the user gave another."""
-    source, name = config.encoder.partition(":")[0], config.encoder
-    if source == "hf-hub":
-        source, name = "local-dir", f"local-dir:{fetch_encoder(name)}"
+    name, record = config.encoder, {}
+    if name.startswith("hf-hub:"):
+        name = f"local-dir:{fetch_encoder(name)}"
     # Draws the weights of a timm name without --pretrained.
     torch.manual_seed(config.seed)
     encoder = create_encoder(name, image_size=config.image_size, in_chans=config.in_chans, pretrained=config.pretrained)
     if torch.cuda.is_available():
         encoder.to(torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))))
-    trained = read_record(name.removeprefix("local-dir:")).get("config") if source == "local-dir" else None
-    split_seed = 0 if config.split_seed is None else config.split_seed
-    if isinstance(trained, dict):
-        # Encoders that were trained before there was a split_seed were split by the seed.
-        used = trained.get("split_seed", trained.get("seed"))
-        if config.split_seed is None and isinstance(used, int):
-            split_seed = used
-        elif used != split_seed:
-            logger.warning("%s was trained with split_seed %s: it may have seen some of the test images", name, used)
-    return encoder.eval(), split_seed
+    if name.startswith("local-dir:"):
+        record = read_record(name.removeprefix("local-dir:"))
+    trained: Any = record.get("config")
+    # Before there was a split_seed, the seed split the images.
+    used = trained.get("split_seed", trained.get("seed")) if isinstance(trained, dict) else None
+    used = used if isinstance(used, int) else None
+    if used is not None and config.split_seed not in (None, used):
+        logger.warning("%s was trained with split_seed %d: it may have seen some of the test images", name, used)
+    return encoder.eval(), config.split_seed if config.split_seed is not None else used or 0
 
 
-def _open_splits(config: EvaluationConfig, encoder: nn.Module, split_seed: int, *, labelled: bool = True) -> Splits:
+def _open_images(
+    config: EvaluationConfig,
+    encoder: nn.Module,
+    dataset: Images | Splits | str,
+    split_seed: int,
+    *,
+    labelled: bool = True,
+) -> tuple[Splits, Preparation]:
     channels = resolve_model_data_config(encoder)["input_size"][0]
-    splits = open_dataset(**data_settings(config), in_chans=channels, split_seed=split_seed, hold_out=labelled)
-    warn_of_few_levels(splits.train)
-    return splits
-
-
-def _preparation(config: EvaluationConfig, encoder: nn.Module) -> Preparation:
-    channels = resolve_model_data_config(encoder)["input_size"][0]
-    return Preparation.of(encoder, channels, channels_last=has_convolutions(encoder), workers=config.workers)
+    if isinstance(dataset, Images):
+        dataset = hold_out(dataset, split_seed)
+    elif isinstance(dataset, str):
+        settings = data_settings(config)
+        dataset = open_dataset(**settings, in_chans=channels, split_seed=split_seed, hold_out=labelled)
+    warn_of_few_levels(dataset.train)
+    layout = has_convolutions(encoder)
+    return dataset, Preparation.of(encoder, channels, channels_last=layout, workers=config.workers)
 
 
 def _knn(
