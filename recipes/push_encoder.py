@@ -15,7 +15,7 @@ from typing import Annotated
 import tyro
 
 from byol_timm.cli import parse, run
-from byol_timm.encoders import CARD, files_to_push, push_encoder, warn_without_licence
+from byol_timm.encoders import files_to_push, push_encoder
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,6 @@ def main() -> None:
         for name, content in files.items():
             size = content.stat().st_size if isinstance(content, Path) else len(content)
             print(f"{size:>12,}  {name}")
-        warn_without_licence(files[CARD])
         return
     url = push_encoder(
         config.folder, config.repo_id, public=config.public, revision=config.revision, license=config.license

@@ -17,10 +17,8 @@ from .fit import Fit as Fit
 from .fit import closest_backbones as closest_backbones
 from .fit import fit_backbone as fit_backbone
 from .fit import small_image_kwargs as small_image_kwargs
-from .folder import CARD as CARD
 from .folder import save_encoder as save_encoder
 from .hub import check_push as check_push
 from .hub import files_to_push as files_to_push
 from .hub import push_encoder as push_encoder
 from .hub import register as register
-from .hub import warn_without_licence as warn_without_licence

@@ -151,32 +151,29 @@ def _recipe(record: Mapping[str, Any]) -> str:
     return table + (f"\n\n{details.format(_table(settings))}" if settings else "")
 
 
-def _table(rows: Mapping[str, Any]) -> str:
+def _table(rows: Mapping[str, Any], title: str = "") -> str:
     shown = [f"| {name} | {_cell(value)} |" for name, value in rows.items() if value not in (None, "", [], ())]
-    return "\n".join(["| | |", "|---|---|", *shown]) if shown else ""
+    return "\n".join([f"| {title} | |", "|---|---|", *shown]) if shown else ""
 
 
 def _data(data: Mapping[str, Any]) -> str:
-    shown = {name: data.get(name) for name in ("name", "images", "channels", "fingerprint")}
-    lines = [f"- {name}: {_cell(value)}" for name, value in shown.items() if value is not None]
+    lines = [f"- {name}: {_cell(data[name])}" for name in ("name", "images", "channels", "fingerprint") if name in data]
     return "\n".join([*lines, "- labels: not used in training"]) if lines else "Not recorded."
 
 
 def _results(record: Mapping[str, Any]) -> str:
     results = record.get("results") or {}
     neighbours = results.get("k", 20)
-    rows = [
-        (f"{neighbours}-NN on raw pixels", results.get("knn_raw_pixels")),
-        (f"{neighbours}-NN, the same network before training", results.get("knn_random")),
-        *((f"**{name}, this encoder**", value) for name, value in _measurements(results)),
-    ]
-    shown = [f"| {text} | {value:.1f} % |" for text, value in rows if value is not None]
-    if not shown:
-        return "None were measured."
+    rows = {
+        f"{neighbours}-NN on raw pixels": results.get("knn_raw_pixels"),
+        f"{neighbours}-NN, the same network before training": results.get("knn_random"),
+        **{f"**{name}, this encoder**": value for name, value in _measurements(results)},
+    }
+    table = _table({name: f"{value:.1f} %" for name, value in rows.items() if value is not None}, "top-1 accuracy")
     protocol = f"\n\nProtocol: {results['protocol']}." if results.get("protocol") else ""
     if protocol and results.get("linear_byol") is not None:
         protocol += f" {PROBE_PROTOCOL}"
-    return "\n".join(["| top-1 accuracy | |", "|---|---|", *shown]) + protocol
+    return table + protocol if table else "None were measured."
 
 
 def _measurements(results: Mapping[str, Any]) -> list[tuple[str, float]]:
@@ -194,10 +191,7 @@ def _health(record: Mapping[str, Any]) -> str:
 def _licence(license: str | None) -> str:
     if license:
         return f"{license}. The licence of the training images may ask for more."
-    return (
-        "Not stated. Ask the owner of this repository before you use the weights; the licence of the training images "
-        "matters too."
-    )
+    return "Not stated. Ask the owner of this repository, and mind the licence of the training images."
 
 
 def _duration(seconds: float) -> str:

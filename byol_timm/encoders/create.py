@@ -5,7 +5,7 @@ import contextlib
 import inspect
 import logging
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import timm
 from torch import nn
@@ -64,7 +64,7 @@ def create_encoder(
     encoder = _build(backbone, arguments, pretrained or saved)
     if image_size is not None:
         encoder.pretrained_cfg = {**encoder.pretrained_cfg, "input_size": fit.input_size}
-    return encoder
+    return cast("nn.Module", encoder)
 
 
 def _build(backbone: str, arguments: dict[str, Any], pretrained: bool) -> Any:

@@ -85,7 +85,7 @@ def push_encoder(
     Keeps the user's text in an earlier card. Raises `ByolTimmError` for what the user can fix, and `PushError` (exit
     code 3) when the Hub fails; the message holds the command to try again.
     """
-    files = files_to_push(folder, repo_id, license=license)
+    files = _files(folder, repo_id, license)
     try:
         repo_id = check_push(repo_id, public=public, token=token)
         token = token or get_token()
@@ -95,7 +95,7 @@ def push_encoder(
                 api.create_branch(repo_id, branch=revision, exist_ok=True)
             remote = _remote_card(api, repo_id, revision)
             files[CARD] = _card_to_push(_encoder_folder(folder), files, repo_id, license, remote)
-            warn_without_licence(files[CARD])
+            _warn_without_licence(files[CARD])
             operations = [CommitOperationAdd(name, content) for name, content in files.items()]
             message = f"{json.loads(files[CONFIG])['architecture']} pretrained with BYOL"
             api.create_commit(repo_id, operations, commit_message=message, revision=revision)
@@ -110,30 +110,9 @@ def push_encoder(
 
 def files_to_push(folder: str | Path, repo_id: str, *, license: str | None = None) -> dict[str, Any]:
     """Return what `push_encoder` would upload: names in the repository, with contents or paths of files."""
-    check_repo_name(repo_id)
-    encoder = _encoder_folder(folder)
-    check_encoder_folder(encoder)
-    config = json.loads((encoder / CONFIG).read_text(encoding="utf-8"))
-    # What timm builds the network from stays unchanged, whatever the names of its arguments.
-    pushed = {**redact(config), **({"model_args": config["model_args"]} if "model_args" in config else {})}
-    files: dict[str, Any] = {CONFIG: as_json(pushed).encode(), WEIGHTS: encoder / WEIGHTS}
-    if (encoder / RECORD).is_file():
-        files[RECORD] = as_json(redact(read_record(encoder))).encode()
-    for picture in PICTURES:
-        for place in (Path(folder), encoder):
-            if (place / picture).is_file():
-                files[picture] = place / picture
-    files[CARD] = _card_to_push(encoder, files, repo_id, license, None)
+    files = _files(folder, repo_id, license)
+    _warn_without_licence(files[CARD])
     return files
-
-
-def warn_without_licence(card: bytes) -> None:
-    """Warn of a model card that does not say what others may do with the weights."""
-    if not read_card(card.decode()).data.get("license"):
-        logger.warning(
-            "the card states no licence, so nobody knows what the weights may be used for. Push with --license, such "
-            "as mit or cc-by-4.0"
-        )
 
 
 def register(source: str, *, tag: str) -> str:
@@ -177,6 +156,33 @@ def register(source: str, *, tag: str) -> str:
     _registry._model_pretrained_cfgs[name] = weights
     _registry._model_has_pretrained.add(name)
     return name
+
+
+def _files(folder: str | Path, repo_id: str, license: str | None) -> dict[str, Any]:
+    check_repo_name(repo_id)
+    encoder = _encoder_folder(folder)
+    check_encoder_folder(encoder)
+    config = json.loads((encoder / CONFIG).read_text(encoding="utf-8"))
+    # What timm builds the network from stays unchanged, whatever the names of its arguments.
+    pushed = {**redact(config), **({"model_args": config["model_args"]} if "model_args" in config else {})}
+    files: dict[str, Any] = {CONFIG: as_json(pushed).encode(), WEIGHTS: encoder / WEIGHTS}
+    if (encoder / RECORD).is_file():
+        files[RECORD] = as_json(redact(read_record(encoder))).encode()
+    for picture in PICTURES:
+        for place in (Path(folder), encoder):
+            if (place / picture).is_file():
+                files[picture] = place / picture
+    files[CARD] = _card_to_push(encoder, files, repo_id, license, None)
+    return files
+
+
+def _warn_without_licence(card: bytes) -> None:
+    """Warn of a model card that does not say what others may do with the weights."""
+    if not read_card(card.decode()).data.get("license"):
+        logger.warning(
+            "the card states no licence, so nobody knows what the weights may be used for. Push with --license, such "
+            "as mit or cc-by-4.0"
+        )
 
 
 @contextlib.contextmanager
