@@ -1,4 +1,4 @@
-"""Decoding: an open file to the pixels of an upright image, or the reason why it is none."""
+"""Decode an open file to the pixels of an upright image, or say why it cannot be used."""
 
 import contextlib
 import itertools
@@ -16,29 +16,31 @@ from ..errors import one_line
 Array = NDArray[Any]
 # How many times smaller (1, 2, 4 or 8) an image of so many rows and columns may be decoded.
 Reduction = Callable[[int, int], int]
-# The values of more than 8 bits that become black and white; None: all that 16 bits can hold.
+# The values that become black and white in images of more than 8 bits; None: the full 16-bit range.
 ValueRange = tuple[float, float] | None
 EXIF_ORIENTATION = 0x0112
-# Formats that are read, whatever the name of the file says: none of them runs a program, as PostScript would.
+# Formats that are read, whatever the file is called. None of them runs a program, as PostScript does.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "DIB", "TIFF", "GIF", "PPM", "JPEG2000", "AVIF")
 
 
 class BadImage(Exception):
-    """An image that cannot be used; the message is the reason."""
+    """An image cannot be used; the message says why."""
 
 
-def decode(file: BinaryIO, channels: int, reduction: Reduction | None = None, value_range: ValueRange = None) -> Array:
-    """The image in an open file, uint8 [channels, H, W], upright; alpha on white unless `channels` is 4.
+def decode(
+    file: BinaryIO | Array, channels: int, reduction: Reduction | None = None, value_range: ValueRange = None
+) -> Array:
+    """Return the image in an open file or an array, uint8 [channels, H, W], upright; alpha on white unless 4 channels.
 
-    Of an animation the first frame. 16-bit values are scaled to 8, by `value_range` if given, as values of 32 bits then
-    are too. Anything else that does not give that many channels, or that is not whole, is a `BadImage`. JPEG is decoded
-    so many times smaller as `reduction` allows, if given, which is faster.
+    16-bit values are scaled to 8 bits, by `value_range` if given, and then 32-bit values too. An animation gives its
+    first frame. JPEG is decoded smaller by the factor that `reduction` returns, which is faster. Raises `BadImage` for
+    an incomplete file or another number of channels.
     """
     with _opened(file) as image:
         if isinstance(image, np.ndarray):
             return from_array(image, channels, value_range)
         if value_range and image.mode in ("LA", "RGB", "RGBA") and ";16" in str(image.tile):
-            raise BadImage("16-bit colours, of which PIL reads 8 bits; --value_range needs grey ones or .npy")
+            raise BadImage("16-bit colours, of which PIL reads 8 bits; --value_range needs grey images or .npy")
         if reduction is not None and image.format == "JPEG":
             _reduce(image, reduction)
         read = _pixels if channels in (1, 3, 4) else _stack
@@ -46,8 +48,11 @@ def decode(file: BinaryIO, channels: int, reduction: Reduction | None = None, va
 
 
 @contextlib.contextmanager
-def _opened(file: BinaryIO) -> Iterator[ImageFile.ImageFile | Array]:
-    """The image or array in a file, by its content; whatever happens to it inside the context is a `BadImage`."""
+def _opened(file: BinaryIO | Array) -> Iterator[ImageFile.ImageFile | Array]:
+    """Open an image or array by its content; turn any error inside the context into `BadImage`."""
+    if isinstance(file, np.ndarray):
+        yield file
+        return
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -57,7 +62,7 @@ def _opened(file: BinaryIO) -> Iterator[ImageFile.ImageFile | Array]:
                 yield np.load(file, allow_pickle=False)
             else:
                 if magic.startswith(b"\x89PNG"):
-                    # The checksums, which PIL leaves out when it reads pixels: damage would pass as other colours.
+                    # Check the checksums, which PIL skips when it reads pixels: damage would pass as other colours.
                     Image.open(file, formats=["PNG"]).verify()
                     file.seek(0)
                 with Image.open(file, formats=_formats()) as image:
@@ -67,16 +72,16 @@ def _opened(file: BinaryIO) -> Iterator[ImageFile.ImageFile | Array]:
     except UnidentifiedImageError:
         raise BadImage("not an image in a known format" if magic else "the file is empty") from None
     except Exception as error:
-        # Decoders raise all kinds: OSError, SyntaxError, ValueError, struct.error, MemoryError, ...
+        # Decoders raise OSError, SyntaxError, ValueError, struct.error, MemoryError and others.
         raise BadImage(one_line(error)) from error
 
 
 def from_array(array: Array, channels: int, value_range: ValueRange = None) -> Array:
-    """Uint8 [channels, H, W] of an array [H, W], [H, W, C] or [C, H, W], uint8 or uint16; any numbers by a range."""
+    """Return uint8 [channels, H, W] of an array [H, W], [H, W, C] or [C, H, W]; any numbers if given their range."""
     if array.ndim == 2:
         array = array[None]
     elif array.ndim != 3:
-        raise BadImage(f"array of shape {array.shape} is no image")
+        raise BadImage(f"array of shape {array.shape} is not an image")
     elif array.shape[2] == channels or array.shape[0] not in (1, channels):
         array = array.transpose(2, 0, 1)
     if array.dtype == np.uint16 or (value_range and array.dtype != np.uint8 and array.dtype.kind in "iuf"):
@@ -102,13 +107,13 @@ def _to_8_bit(values: Array, value_range: ValueRange) -> Array:
     if value_range is None:
         return ((values.astype(np.uint32) + 128) // 257).astype(np.uint8)
     low, high = value_range
-    # NaN, where there is no data, becomes the lowest value.
+    # NaN (no data) becomes the lowest value.
     inside = np.fmin(np.fmax(values.astype(np.float32), low), high)
     return np.rint((inside - low) * (255 / (high - low))).astype(np.uint8)
 
 
 def _gray_16_bit(image: Image.Image) -> bool:
-    # Older releases of PIL, and PPM in all of them, hold 16 bits in a mode of 32.
+    # Old PIL releases, and PPM in all releases, hold 16 bits in a 32-bit mode.
     return image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
 
 
@@ -133,7 +138,7 @@ def _reduce(image: Image.Image, reduction: Reduction) -> None:
 
 
 def _stack(image: Image.Image, channels: int, value_range: ValueRange) -> Array:
-    """The frames of a grey stack as channels."""
+    """Return the frames of a grey stack as channels."""
     frames = []
     for frame in itertools.islice(ImageSequence.Iterator(image), channels + 1):
         if not (frame.mode == "L" or _gray_16_bit(frame) or (value_range and frame.mode in ("I", "F"))):
@@ -145,21 +150,17 @@ def _stack(image: Image.Image, channels: int, value_range: ValueRange) -> Array:
     return np.stack(frames)
 
 
-def highest_value(file: BinaryIO) -> int | None:
-    """The highest value of a 16-bit image or array in an open file, None of another; raises `BadImage`."""
+def highest_value(file: BinaryIO | Array) -> int | None:
+    """Return the highest value of a 16-bit image or array, None for others; raises `BadImage`."""
     with _opened(file) as image:
         if isinstance(image, np.ndarray):
-            return highest_of(image)
+            return int(image.max()) if image.dtype == np.uint16 and image.size else None
         if not _gray_16_bit(image):
             return None
         return max(int(np.asarray(frame).max()) for frame in ImageSequence.Iterator(image))
 
 
-def highest_of(array: Array) -> int | None:
-    return int(array.max()) if array.dtype == np.uint16 and array.size else None
-
-
-def longer_side(file: BinaryIO) -> int:
-    """The longer side in pixels of the image in an open file; raises `BadImage`."""
+def longer_side(file: BinaryIO | Array) -> int:
+    """Return the longer side in pixels of an image or array; raises `BadImage`."""
     with _opened(file) as image:
         return max(image.shape if isinstance(image, np.ndarray) else image.size)

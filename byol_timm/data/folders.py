@@ -1,4 +1,4 @@
-"""Folders of image files."""
+"""Read folders of image files."""
 
 import contextlib
 import os
@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from ..errors import ByolTimmError
-from .decoding import BadImage, Reduction, ValueRange, decode, highest_value, longer_side
-from .images import TEST_NAMES, TRAIN, Array, _Part, printable, spread
+from .decoding import BadImage
+from .images import TEST_NAMES, TRAIN, Array, Encoded, Part, printable, spread
 
 EXTENSIONS = tuple(
     ".jpg .jpeg .jpe .jfif .png .webp .bmp .dib .tif .tiff .gif .ppm .pgm .pbm .pnm .jp2 .j2k .avif .npy".split()
@@ -20,23 +20,17 @@ TABLES, TARS = (".parquet", ".arrow"), (".tar",)
 
 
 @dataclass(frozen=True)
-class _Files:
+class Files(Encoded):
     """Image files below a folder, by their paths from there."""
 
     folder: Path
     names: tuple[str, ...]
 
-    def read(self, row: int, channels: int, reduction: Reduction | None, value_range: ValueRange) -> Array:
-        with self._open(row) as file:
-            return decode(file, channels, reduction, value_range)
-
-    def side(self, row: int) -> int:
-        with self._open(row) as file:
-            return longer_side(file)
-
-    def highest(self, row: int) -> int | None:
-        with self._open(row) as file:
-            return highest_value(file)
+    def content(self, row: int) -> BinaryIO:
+        try:
+            return open(self.folder / self.names[row], "rb")
+        except OSError as error:
+            raise BadImage(error.strerror or str(error)) from error
 
     def describe(self, row: int) -> str:
         return printable(self.names[row])
@@ -47,18 +41,9 @@ class _Files:
             with contextlib.suppress(OSError):
                 yield f" {os.path.getsize(self.folder / self.names[rows[place]])}".encode()
 
-    def _open(self, row: int) -> BinaryIO:
-        try:
-            return open(self.folder / self.names[row], "rb")
-        except OSError as error:
-            raise BadImage(error.strerror or str(error)) from error
 
-
-# Folders
-
-
-class _Listing(NamedTuple):
-    """Files below a folder: image files by their paths, in natural order, and the number of others by suffix."""
+class Listing(NamedTuple):
+    """Files below a folder: the paths of image files, in natural order, and the number of others by suffix."""
 
     images: list[str]
     others: Counter[str]
@@ -68,8 +53,8 @@ class _Listing(NamedTuple):
         return sum(self.others[suffix] for suffix in TABLES)
 
 
-def _folder(folder: Path, files: _Listing, split: str | None) -> dict[str, _Part]:
-    """The splits of a folder of images; one if its folders are not named as splits are."""
+def folder_splits(folder: Path, files: Listing, split: str | None) -> dict[str, Part]:
+    """Return the splits of a folder of images; one if its folders do not have the names of splits."""
     names = files.images
     if not names:
         found = ", ".join(f"{count} {suffix}" for suffix, count in files.others.most_common(3)) or "no file"
@@ -82,23 +67,24 @@ def _folder(folder: Path, files: _Listing, split: str | None) -> dict[str, _Part
     splits = [name for name in (TRAIN, *TEST_NAMES) if name in inside]
     if split in inside:
         return {name: _labelled_by_folder(folder, inside[name], 1) for name in dict.fromkeys([split, *splits])}
-    # Next to other folders and without a split to test on, `train` is a class.
+    # Among other folders, without a split to test on, `train` is a class.
     if TRAIN in splits and (len(splits) > 1 or len(inside) == 1):
         return {name: _labelled_by_folder(folder, inside[name], 1) for name in splits}
     return {TRAIN: _labelled_by_folder(folder, names, 0)}
 
 
-def _labelled_by_folder(folder: Path, names: list[str], depth: int) -> _Part:
-    """Images whose class is the folder at that depth of their path, if all lie in one and there are several."""
+def _labelled_by_folder(folder: Path, names: list[str], depth: int) -> Part:
+    """Return images whose class is the folder at that depth of their paths, if all have one and there are several."""
     classes = [parts[depth] if len(parts := name.split("/")) > depth + 1 else None for name in names]
     class_names = tuple(dict.fromkeys(label for label in classes if label is not None))
-    source = _Files(folder, tuple(names))
+    source = Files(folder, tuple(names))
     if None in classes or len(class_names) < 2:
-        return _Part(source, len(names), None)
-    return _Part(source, len(names), classes, class_names)
+        return Part(source, len(names), None)
+    return Part(source, len(names), classes, class_names)
 
 
-def scan(folder: Path) -> _Listing:
+def scan(folder: Path) -> Listing:
+    """List the files below a folder without hidden ones; follow links, but not in circles."""
     names: list[str] = []
     others: Counter[str] = Counter()
     walk = [(str(folder), "", frozenset[tuple[int, int]]())]
@@ -120,10 +106,10 @@ def scan(folder: Path) -> _Listing:
                 names.append(prefix + entry.name)
             else:
                 others[suffix or "without extension"] += 1
-    return _Listing(sorted(names, key=_natural), others)
+    return Listing(sorted(names, key=natural), others)
 
 
-def _natural(name: str) -> tuple[Any, ...]:
-    """Numbers in names by value: a sort key that does not depend on the machine."""
+def natural(name: str) -> tuple[Any, ...]:
+    """Return a sort key that takes numbers in names by value and does not depend on the machine."""
     pieces = re.split(r"([0-9]+)", name)
     return tuple(int(piece) if place % 2 else piece for place, piece in enumerate(pieces)), name

@@ -1,10 +1,11 @@
-"""Data sets of images that decode one at a time."""
+"""Images that are decoded one at a time."""
 
 import hashlib
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol, TypeVar
+from typing import Any, BinaryIO, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -12,20 +13,20 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..errors import ByolTimmError
-from .decoding import BadImage, Reduction, ValueRange
+from .decoding import BadImage, Reduction, ValueRange, decode, highest_value, longer_side
 
 logger = logging.getLogger(__name__)
 
 Array = NDArray[Any]
 T = TypeVar("T")
 TRAIN, TEST_NAMES = "train", ("test", "validation", "valid", "val")
-# Of 16-bit images whose values all lie below, fewer than 64 grey levels of 256 are left.
+# 16-bit images whose values all lie below keep fewer than 64 of 256 grey levels.
 FEW_LEVELS = 1 << 14
 
 
 @dataclass(frozen=True)
 class Splits:
-    """Images to train on, labelled images held out for evaluation (None without labels), and where both come from."""
+    """Training images, labelled held-out images (None without labels), and a note on where both come from."""
 
     train: "Images"
     test: "Images | None"
@@ -33,18 +34,41 @@ class Splits:
 
     @property
     def bank(self) -> "Images":
-        """Training images that can be read in any order."""
+        """Return training images that can be read in any order."""
         return self.train
 
 
-class _Source(Protocol):
-    """Where images lie. `read` (uint8 [channels, H, W]), `side` and `highest`, as in `decoding`, raise `BadImage`."""
+class Source(Protocol):
+    """The place of images. `read` (uint8 [channels, H, W]), `side` and `highest` raise `BadImage`."""
 
     def read(self, row: int, channels: int, reduction: Reduction | None, value_range: ValueRange) -> Array: ...
     def side(self, row: int) -> int: ...
     def highest(self, row: int) -> int | None: ...
     def describe(self, row: int) -> str: ...
     def identity(self, rows: Array) -> Iterable[bytes]: ...
+
+
+class Encoded:
+    """A source of image files or arrays, one a row, which `content` returns or raises `BadImage`."""
+
+    def content(self, row: int) -> BinaryIO | Array:
+        raise NotImplementedError
+
+    def read(self, row: int, channels: int, reduction: Reduction | None, value_range: ValueRange) -> Array:
+        with self._opened(row) as content:
+            return decode(content, channels, reduction, value_range)
+
+    def side(self, row: int) -> int:
+        with self._opened(row) as content:
+            return longer_side(content)
+
+    def highest(self, row: int) -> int | None:
+        with self._opened(row) as content:
+            return highest_value(content)
+
+    def _opened(self, row: int) -> AbstractContextManager[BinaryIO | Array]:
+        content = self.content(row)
+        return nullcontext(content) if isinstance(content, np.ndarray) else content
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,7 +79,7 @@ class Images:
     channels: int
     labels: Array | None
     class_names: tuple[str, ...]
-    source: _Source = field(repr=False)
+    source: Source = field(repr=False)
     rows: Array = field(repr=False)
     value_range: ValueRange = None
 
@@ -63,37 +87,37 @@ class Images:
         return len(self.rows)
 
     def decode(self, index: int, reduction: Reduction | None = None) -> Tensor:
-        """The image, uint8 [channels, H, W], upright; raises `BadImage` with the reason.
+        """Return the image, uint8 [channels, H, W], upright; JPEG smaller by the factor `reduction` returns.
 
-        With a reduction, JPEG files are decoded so many times smaller as it allows.
+        Raises `BadImage` with the reason.
         """
         pixels = self.source.read(int(self.rows[index]), self.channels, reduction, self.value_range)
         return torch.from_numpy(pixels)
 
     def describe(self, index: int) -> str:
-        """A name by which a user finds the image: its file, or its row."""
+        """Return the file or row of the image, so that a user can find it."""
         return self.source.describe(int(self.rows[index]))
 
     def subset(self, indices: Array | Sequence[int]) -> "Images":
-        """These images in this order."""
+        """Return these images in this order."""
         indices = np.asarray(indices, dtype=np.int64)
         labels = None if self.labels is None else self.labels[indices]
         return replace(self, labels=labels, rows=self.rows[indices])
 
     def identity(self) -> Iterable[bytes]:
-        """What tells these images from others."""
+        """Yield what distinguishes these images from others."""
         return self.source.identity(self.rows)
 
     def side(self) -> int:
-        """The longer side in pixels of a typical image."""
+        """Return the longer side in pixels of a typical image."""
         return int(np.median(self._sides(9)))
 
     def share_below(self, side: float) -> float:
-        """The share of images, 0 to 1, whose longer side has fewer pixels; asked of a hundred of them."""
+        """Return the share of a hundred images (0 to 1) whose longer side has fewer pixels."""
         return float(np.mean(np.array(self._sides(100)) < side))
 
     def highest(self) -> int | None:
-        """The highest value of a few 16-bit images, None where they have other values."""
+        """Return the highest value of a few 16-bit images, None for other images."""
         found = list(readable(self, 9, lambda index: self.source.highest(int(self.rows[index]))))
         return max((value for value in found if value is not None), default=None)
 
@@ -102,11 +126,11 @@ class Images:
 
 
 def warn_of_few_levels(images: Images) -> None:
-    """Say that 16-bit images use little of their range, where `value_range` leaves them all of it."""
+    """Warn if 16-bit images without a `value_range` use little of their range."""
     if images.value_range is None and (highest := images.highest()) and highest < FEW_LEVELS:
         logger.warning(
-            "16-bit images of %s reach %d of 65535: %d of 256 grey levels are left. Give the range that they use, as "
-            "in --value_range 0 %d",
+            "16-bit images of %s use values up to %d of 65535, so %d of 256 grey levels remain. Give the range that "
+            "they use, for example --value_range 0 %d",
             images.name,
             highest,
             round(highest / 257) + 1,
@@ -115,7 +139,7 @@ def warn_of_few_levels(images: Images) -> None:
 
 
 class Identified(Protocol):
-    """Images that can be told from others."""
+    """Images with a `fingerprint`."""
 
     @property
     def channels(self) -> int: ...
@@ -126,7 +150,7 @@ class Identified(Protocol):
 
 
 def fingerprint(images: Identified) -> str:
-    """A hash of which images these are: names and sizes, content where that is cheap, number and channels."""
+    """Return a hash of which images these are: names and sizes, content where that is cheap, number and channels."""
     digest = hashlib.sha256(f"{len(images)} {images.channels}".encode())
     if images.value_range is not None:
         digest.update(" {!r} {!r}".format(*map(float, images.value_range)).encode())
@@ -136,14 +160,14 @@ def fingerprint(images: Identified) -> str:
 
 
 def spread(n: int, count: int) -> list[int]:
-    """At most `count` of the indices below `n`, evenly spread."""
+    """Return at most `count` of the indices below `n`, evenly spread."""
     return np.unique(np.linspace(0, n - 1, min(n, count)).astype(int)).tolist()
 
 
 def readable(images: Images, count: int, read: Callable[[int], T]) -> Iterator[T]:
-    """What `read` gives of at most `count` images, evenly spread, without those that it cannot read; `ByolTimmError`
-    if that leaves none."""
-    found, reason = False, "there is none"
+    """Yield `read(index)` for at most `count` images, evenly spread; skip `BadImage`, and raise `ByolTimmError` if no
+    image can be read."""
+    found, reason = False, "there are none"
     for index in spread(len(images), count):
         try:
             result = read(index)
@@ -157,15 +181,15 @@ def readable(images: Images, count: int, read: Callable[[int], T]) -> Iterator[T
 
 
 @dataclass(frozen=True)
-class _Part:
-    """One split as its source has it; `classes` are the names of its images' classes, None where unlabelled."""
+class Part:
+    """One split of a source; `classes` are the class names of its images, None where unlabelled."""
 
-    source: _Source
+    source: Source
     size: int
     classes: Sequence[str | None] | None
     class_names: tuple[str, ...] = ()
 
 
 def printable(name: str) -> str:
-    """A file name in one line, whatever is in it."""
+    """Return any file name as one line of text."""
     return " ".join(name.encode(errors="backslashreplace").decode().split())

@@ -1,4 +1,4 @@
-"""Images in: digits, folders, tables and data sets of the Hub as images in a fixed order, with labels if there are."""
+"""Open digits, folders, tables and datasets of the Hub as images in a fixed order, with labels if they have any."""
 
 import importlib.util
 import math
@@ -11,10 +11,10 @@ import numpy as np
 
 from ..errors import ByolTimmError
 from .decoding import Reduction, ValueRange
-from .folders import TABLES, _folder, scan
-from .images import TEST_NAMES, TRAIN, Array, Images, Splits, _Part
+from .folders import TABLES, folder_splits, scan
+from .images import TEST_NAMES, TRAIN, Array, Images, Part, Splits
 from .sampling import class_share_indices
-from .tables import _columns, _load_tables
+from .tables import load_tables, table_splits
 
 HELD_OUT, DIGITS_HELD_OUT = 0.1, 0.2
 HUB_ID = r"(?!.*\.(parquet|arrow|tar)$)[\w-][\w.-]*(/[\w-][\w.-]*)?"
@@ -52,16 +52,16 @@ def open_dataset(
     if dataset == "digits" or (files and not files.tables):
         for flag, value in dict(dataset_config=config, image_column=image_column, label_column=label_column).items():
             if value is not None:
-                raise ByolTimmError(f"--{flag} ({value}) is for tables and {dataset} is none. Leave it out")
+                raise ByolTimmError(f"--{flag} ({value}) needs a table, which {dataset} is not. Remove it")
     if dataset == "digits":
         parts, held_out = _digits(), DIGITS_HELD_OUT
     elif files and not files.tables:
-        parts = _folder(path, files, split)
+        parts = folder_splits(path, files, split)
     elif path.is_file() and path.suffix not in TABLES:
         raise ByolTimmError(f"dataset {dataset} is a file. Give a folder of images, or a .parquet or .arrow file")
     elif path.exists() or re.fullmatch(HUB_ID, dataset):
-        tables = _load_tables(dataset, path, config)
-        parts = _columns(tables, dataset, image_column, label_column, local=path.exists())
+        tables = load_tables(dataset, path, config)
+        parts = table_splits(tables, dataset, image_column, label_column, local=path.exists())
     else:
         raise ByolTimmError(f"data folder {dataset} does not exist. Check --dataset")
     splits = _choose(parts, dataset, split, in_chans, split_seed, held_out if hold_out else None)
@@ -74,18 +74,15 @@ def check_value_range(dataset: str, value_range: ValueRange) -> None:
         return
     low, high = value_range
     if not 0 < high - low < math.inf:
-        raise ByolTimmError(f"--value_range takes what becomes black and what becomes white ({low:g} {high:g})")
+        raise ByolTimmError(f"--value_range takes the values of black and of white, black first ({low:g} {high:g})")
     if dataset == "digits":
-        raise ByolTimmError(f"--value_range ({low:g} {high:g}) is for more than 8 bits, digits have 4. Leave it out")
+        raise ByolTimmError(f"--value_range ({low:g} {high:g}) needs more than 8 bits, digits have 4. Remove it")
 
 
 def hub_id(dataset: str) -> str | None:
-    """`dataset` where `open_dataset` takes it for the id of a data set on the Hub."""
+    """Return `dataset` if `open_dataset` takes it as the id of a dataset on the Hub, else None."""
     here = dataset == "digits" or Path(dataset).expanduser().exists()
     return dataset if not here and re.fullmatch(HUB_ID, dataset) else None
-
-
-# Sources
 
 
 @dataclass(frozen=True)
@@ -111,9 +108,9 @@ class _Pixels:
 
 
 def _choose(
-    parts: dict[str, _Part], name: str, split: str | None, channels: int, seed: int, held_out: float | None
+    parts: dict[str, Part], name: str, split: str | None, channels: int, seed: int, held_out: float | None
 ) -> Splits:
-    """Training images and, where there are labels and a share to hold out, test images."""
+    """Return training images and, where there are labels and a share to hold out, test images."""
     train_name = train_split(parts, name, split)
     train = _images(parts[train_name], name, channels, parts[train_name].class_names)
     if not len(train):
@@ -147,7 +144,7 @@ def hold_out(images: Images, split_seed: int, *, share: float = HELD_OUT) -> Spl
 
 
 def train_split(parts: Collection[str], name: str, split: str | None) -> str:
-    """The split to train on: as asked, or `train`, or the only one; raises `ByolTimmError`."""
+    """Return the split to train on: as asked, or `train`, or the only one."""
     if split is None and TRAIN not in parts and len(parts) > 1:
         raise ByolTimmError(f"dataset {name} has no split train, only {', '.join(parts)}. Choose one with --split")
     chosen = split or (TRAIN if TRAIN in parts else next(iter(parts)))
@@ -156,7 +153,7 @@ def train_split(parts: Collection[str], name: str, split: str | None) -> str:
     return chosen
 
 
-def _images(part: _Part, name: str, channels: int, class_names: tuple[str, ...]) -> Images:
+def _images(part: Part, name: str, channels: int, class_names: tuple[str, ...]) -> Images:
     labels = None
     if part.classes is not None:
         numbers: dict[str | None, int] = {label: number for number, label in enumerate(class_names)}
@@ -166,10 +163,10 @@ def _images(part: _Part, name: str, channels: int, class_names: tuple[str, ...])
     return Images(name, channels, labels, class_names if labels is not None else (), part.source, np.arange(part.size))
 
 
-def _digits() -> dict[str, _Part]:
-    # Not through scikit-learn, whose import takes as long as torch's.
+def _digits() -> dict[str, Part]:
+    # Importing scikit-learn takes as long as importing torch.
     [package] = importlib.util.find_spec("sklearn").submodule_search_locations  # type: ignore[union-attr, misc]
     table = np.loadtxt(Path(package, "datasets", "data", "digits.csv.gz"), delimiter=",")
     pixels = np.rint(table[:, :-1].reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)
     classes = [str(label) for label in table[:, -1].astype(int)]
-    return {TRAIN: _Part(_Pixels(pixels), len(pixels), classes, tuple(map(str, range(10))))}
+    return {TRAIN: Part(_Pixels(pixels), len(pixels), classes, tuple(map(str, range(10))))}

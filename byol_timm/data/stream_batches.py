@@ -1,4 +1,4 @@
-"""Batches of a stream: more images than memory holds, in an order that is a function of the seed and the step."""
+"""Training batches of a stream, whose order is a function of the seed and the step."""
 
 import contextlib
 import itertools
@@ -13,31 +13,30 @@ from torch import Tensor
 
 from ..errors import ByolTimmError
 from .batches import Batch, CropReader, check_batch, checked
-from .decoding import BadImage, Reduction
+from .decoding import BadImage, Reduction, decode
 from .images import Images, readable
 from .sampling import epoch_order
-from .streams import Stream, decode_content
+from .streams import Stream, open_content
 from .workers import BadImages, OnBadImage, in_workers, worker_count
 
-# Parts of the stream that are read side by side: what processes share among them.
+# Parts of the stream that are read in parallel, and divided among processes.
 MAX_LANES = 64
-# Seconds in which shards must give something.
+# Seconds to wait for data of the shards.
 TIMEOUT = 600.0
 # The numbers of rows, and the encoded images in them.
 Rows = list[tuple[int, bytes | None]]
 
 
 class StreamBatches:
-    """Endless batches of one process from a stream, from optimizer step `start_step` on; what `TrainingBatches` is.
+    """Endless batches of one process from a stream, from optimizer step `start_step` on, as `TrainingBatches`.
 
-    The order of an epoch: its shards are permuted, as many of their images as fill global batches are cut out at a
-    random place, and these into lanes of equal length: a power of two that divides the global batch, at most 64 and not
-    more than shards, or one lane where it is unknown how many rows shards have. Images are permuted within blocks of a
-    lane, of `shuffle_buffer` images over all lanes. The global batch of a step is equally many images of every lane,
-    lane after lane, and processes take their slices of it as in `TrainingBatches`: the order is a function of the seed
-    and the step, whatever the number of processes and workers.
-    A process reads the lanes that its slices lie in, and holds a block of each, encoded. An image that cannot be read
-    is replaced by one of `bank` that its ordinal chooses, and noted in `bad`; too many end it all, as there.
+    An epoch permutes the shards, takes as many images in sequence as fill global batches, from a random start, and
+    cuts them into lanes of equal length. The number of lanes is a power of two that divides the global batch, at most
+    64 and at most the number of shards; 1 if the rows of shards are unknown. Images are permuted within blocks of a
+    lane, of `shuffle_buffer` images over all lanes. The global batch of a step has equally many images of each lane,
+    lane after lane, and processes take their slices of it as in `TrainingBatches`, whatever their number.
+    A process reads the lanes of its slices and keeps a block of each in memory, encoded. An image that cannot be read
+    is replaced by one of `bank` that its ordinal chooses, and noted in `bad`; too many raise `ByolTimmError`.
     """
 
     def __init__(
@@ -98,7 +97,7 @@ class StreamBatches:
             yield from checked(in_workers(reader, ahead, worker_count(self.workers), num_bytes, self.pin), self.bad)
 
     def _requests(self) -> Iterator[tuple[Tensor, Rows]]:
-        """Ordinals and rows of every micro-batch of this process."""
+        """Yield ordinals and rows of every micro-batch of this process."""
         n, width, steps = len(self.stream), self.global_batch // self.lanes, len(self.stream) // self.global_batch
         slices = [range(self.global_batch)[start:][: self.batch_size] for start in self._starts()]
         mine = sorted({place // width for places in slices for place in places})
@@ -114,11 +113,11 @@ class StreamBatches:
                 yield ordinals, [rows[place] for place in places]
 
     def _starts(self) -> range:
-        """Where in a global batch the micro-batches of this process start."""
+        """Return where in a global batch the micro-batches of this process start."""
         return range(self.rank * self.batch_size, self.global_batch, self.world * self.batch_size)
 
     def _lane(self, epoch: int, lane: int, length: int, start: int) -> Iterator[tuple[int, bytes | None]]:
-        """The rows of a lane in that epoch, `length` in all, from `start` on."""
+        """Yield the rows of a lane in that epoch, `length` in all, from `start` on."""
         block = max(1, self.shuffle_buffer // self.lanes)
         first = start - start % block
         unused = len(self.stream) % self.global_batch
@@ -131,17 +130,17 @@ class StreamBatches:
             if len(held) < min(block, length - begin):
                 found = begins + begin + len(held) + self.stream.held_out
                 raise ByolTimmError(
-                    f"{self.stream.name} ended after {found} images. Start anew with --num_images {found}"
+                    f"{self.stream.name} ended after {found} images. Start a new run with --num_images {found}"
                 )
             order = np.random.default_rng((self.seed % 2**64, epoch, 1 + lane, begin)).permutation(len(held))
-            # From the end, so that images are let go as they are passed on.
+            # From the end, so that each image is freed once it is used.
             held = [held[place] for place in order[max(0, start - begin) :][::-1]]
             while held:
                 yield held.pop()
 
 
 def _read_ahead(items: Iterable[Any], depth: int) -> Generator[Any]:
-    """The same items, read by a thread, up to `depth` of them in advance."""
+    """Yield the same items, which a thread reads up to `depth` in advance."""
     ready: queue.Queue[tuple[Any, BaseException | None]] = queue.Queue(depth)
     ended = threading.Event()
 
@@ -168,7 +167,7 @@ def _read_ahead(items: Iterable[Any], depth: int) -> Generator[Any]:
                 raise error
             yield item
     except queue.Empty:
-        raise ByolTimmError(f"the shards gave nothing for {TIMEOUT:.0f} s. Check the connection") from None
+        raise ByolTimmError(f"no data from the shards for {TIMEOUT:.0f} s. Check the connection") from None
     finally:
         ended.set()
         thread.join(timeout=5)
@@ -185,11 +184,11 @@ class _RowOrSpare:
     ) -> tuple[Tensor, bool]:
         number, content = row
         try:
-            pixels = decode_content(content, self.stream.channels, reduction, self.stream.value_range)
+            pixels = decode(open_content(content), self.stream.channels, reduction, self.stream.value_range)
             return torch.from_numpy(pixels), True
         except BadImage as reason:
             bad[number] = f"{self.stream.describe(number)}: {reason}"
-        # Some image of the bank has been read before.
+        # At least one image of the bank could be read before.
         place = int(np.random.default_rng((self.seed % 2**64, ordinal)).integers(len(self.bank)))
         while True:
             with contextlib.suppress(BadImage):

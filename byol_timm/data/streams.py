@@ -1,4 +1,4 @@
-"""Shards in: parquet, arrow and tar files, here or on the Hub, as images that are read one after the other."""
+"""Read parquet, arrow and tar files, local or on the Hub, in sequence."""
 
 import io
 import itertools
@@ -15,9 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import ByolTimmError, one_line
-from .decoding import BadImage, Reduction, ValueRange, decode, highest_value, longer_side
+from .decoding import BadImage, ValueRange
 from .folders import scan
-from .images import TEST_NAMES, Images, printable, spread
+from .images import TEST_NAMES, Encoded, Images, printable, spread
 from .opening import HUB_ID, check_value_range, train_split
 from .tables import choose_columns, loading, name_classes
 
@@ -28,12 +28,12 @@ Array = NDArray[Any]
 T = TypeVar("T")
 U = TypeVar("U")
 FORMATS = {"parquet": ".parquet", "arrow": ".arrow", "webdataset": ".tar"}
-# Labelled images to evaluate on, or unlabelled ones to look at, are the first rows of at most so many shards.
+# Images to evaluate on (labelled) or to look at (unlabelled) are the first rows of at most SAMPLED_SHARDS shards.
 QUERIES, BANK, UNLABELLED, SAMPLED_SHARDS = 2_000, 8_000, 256, 64
-# What is read of a shard at a time, and how many shards are opened at a time.
+# Rows and bytes of a shard to read at a time, and shards to open at a time.
 READ_ROWS, READ_BYTES, READ_THREADS = 16, 2**20, 8
 HELD_ROWS = 128
-# A row's number is that of its shard, shifted by these, and its place in the shard.
+# The number of a row is its shard, shifted by these bits, plus its place in the shard.
 ROW_BITS = 32
 
 
@@ -58,7 +58,7 @@ class Shards:
         try:
             yield from (self._parquet_cells if self.parquet else self._other_cells)(shard, start, column)
         except Exception as error:
-            # Of many kinds: broken files, files that are gone, no network.
+            # Broken or missing files, no network, and others.
             place, reason = self.describe(shard, start), one_line(error)
             raise ByolTimmError(f"reading stopped at {place} ({reason}). Check the file, then use --resume") from error
 
@@ -66,7 +66,7 @@ class Shards:
         import pyarrow.parquet
 
         with fsspec.open(self.files[shard], "rb") as file:
-            # A buffer, because otherwise a row group is held whole.
+            # Without a buffer, a whole row group would be in memory.
             table = pyarrow.parquet.ParquetFile(file, buffer_size=READ_BYTES)
             for batch in table.iter_batches(READ_ROWS, columns=[column], use_threads=False):
                 for cell in batch.column(0)[start:]:
@@ -75,7 +75,7 @@ class Shards:
 
     def _other_cells(self, shard: int, start: int, column: str) -> Iterator[Any]:
         rows = self.table.select_columns([column]).shard(len(self.files), shard).skip(start)
-        # Not row by row: that would give each worker process other shards.
+        # Row by row, `datasets` would give each worker process other shards.
         for batch in rows.iter(READ_ROWS):
             yield from batch[column]
 
@@ -95,7 +95,7 @@ def _parquet_rows(path: str) -> int:
 
 
 def _arrow_rows(path: str) -> int:
-    """Return the number of rows of an arrow file on this machine, of which little is read for that."""
+    """Return the number of rows of a local arrow file, reading little of it."""
     import pyarrow
 
     with pyarrow.memory_map(path) as file:
@@ -122,7 +122,7 @@ def _name(path: str) -> str:
 
 @dataclass(frozen=True, eq=False)
 class Stream:
-    """The images of one split to train on: of every shard the rows from `first` (int64, one per shard) on."""
+    """The training images of one split: of every shard the rows from `first` (int64, one per shard) on."""
 
     name: str
     channels: int
@@ -137,16 +137,16 @@ class Stream:
 
     @property
     def held_out(self) -> int:
-        """Images of the same shards that are not trained on."""
+        """Return how many images of the same shards are not trained on."""
         return int(self.first.sum())
 
     @property
     def has_counts(self) -> bool:
-        """Whether it is known how many rows each shard has, so that reading can begin anywhere."""
+        """Return True if the number of rows of each shard is known, so that reading can start anywhere."""
         return self.shards.counts is not None
 
     def rows(self, order: Array, start: int) -> Iterator[tuple[int, bytes | None]]:
-        """Number and encoded image of every row of the shards in that order, from the one at `start` on."""
+        """Yield number and encoded image of the rows of the shards in that order, from row `start` on."""
         if self.shards.counts is None:
             return itertools.islice(self._rows(order, 0), start, None)
         ends = np.cumsum((self.shards.counts - self.first)[order])
@@ -161,17 +161,17 @@ class Stream:
             start = 0
 
     def describe(self, number: int) -> str:
-        """A name by which a user finds the image of a row."""
+        """Return the file and row of an image, so that a user can find it."""
         return self.shards.describe(number >> ROW_BITS, number & (1 << ROW_BITS) - 1)
 
     def identity(self) -> Iterable[bytes]:
-        """What tells these images from others."""
+        """Return what distinguishes these images from others."""
         return [*self.shards.identity(), self.first.tobytes()]
 
 
 @dataclass(frozen=True)
 class StreamSplits:
-    """A stream to train on, images of it that can be read in any order, labelled images held out, and a note."""
+    """A stream to train on, images of it that can be read in any order, labelled held-out images, and a note."""
 
     train: Stream
     bank: Images
@@ -190,11 +190,12 @@ def open_stream(
     value_range: ValueRange = None,
     num_images: int | None = None,
 ) -> StreamSplits:
-    """The images of parquet, arrow or webdataset (tar) shards: a file, a folder of them, or a Hub dataset id.
+    """Open parquet, arrow or webdataset (tar) shards: a file, a folder of them, or a Hub dataset id.
 
-    num_images: how many the split to train on has, where its files do not say. Labelled images to evaluate on come from
-    a test split; without one they are the first rows of evenly spread shards, a tenth of all and at most 2,000, which
-    are never trained on. Raises `ByolTimmError`.
+    Labelled images to evaluate on come from a test split. Without one they are the first rows of evenly spread shards,
+    a tenth of all and at most 2,000, which are never trained on. Raises `ByolTimmError`.
+
+    num_images: the number of images of the training split, where its files do not say.
     """
     import datasets
 
@@ -206,7 +207,7 @@ def open_stream(
     features = tables[name].features
     images, labels = choose_columns(features, dataset, image_column, label_column)
     if isinstance(features[images], (datasets.Array2D, datasets.Array3D)):
-        raise ByolTimmError(f"column {images} of {dataset} holds arrays; --streaming reads image files. Leave it out")
+        raise ByolTimmError(f"column {images} of {dataset} holds arrays; --streaming needs image files. Remove it")
     with loading(dataset, path):
         shards = _open_shards(builder, name, tables[name], images)
     total = _total(shards, builder.info.splits or {}, name, dataset, num_images)
@@ -246,22 +247,22 @@ def open_stream(
 
 
 def _check(dataset: str, path: Path, config: str | None) -> None:
-    """Raise `ByolTimmError` for what cannot be streamed, as far as names tell."""
+    """Raise `ByolTimmError` for what cannot be streamed, judging by names."""
     suffixes = " ".join(FORMATS.values())
     if dataset == "digits":
-        raise ByolTimmError("--streaming is for more images than memory holds, digits are 1,797. Leave it out")
+        raise ByolTimmError("--streaming does not work with digits. Remove it")
     if any((path / name).exists() for name in ("state.json", "dataset_dict.json")):
-        raise ByolTimmError(f"dataset {dataset} of save_to_disk is never held in memory. Leave out --streaming")
+        raise ByolTimmError(f"dataset {dataset} of save_to_disk is read from disk without --streaming. Remove it")
     if path.is_file():
         if path.suffix not in FORMATS.values():
-            raise ByolTimmError(f"dataset {dataset} is no shard ({suffixes}). Check --dataset")
+            raise ByolTimmError(f"dataset {dataset} is not a shard ({suffixes}). Check --dataset")
         if config is not None:
-            raise ByolTimmError(f"--dataset_config ({config}) is for data sets with several. Leave it out")
+            raise ByolTimmError(f"--dataset_config ({config}) needs a dataset with several configurations. Remove it")
     elif path.is_dir():
         files = scan(path)
         found = {suffix: files.others[suffix] for suffix in FORMATS.values() if files.others[suffix]}
         if not found and files.images:
-            raise ByolTimmError(f"the image files of {dataset} are read one by one anyway. Leave out --streaming")
+            raise ByolTimmError(f"the image files of {dataset} are read one by one without --streaming. Remove it")
         if not found:
             raise ByolTimmError(f"no shards found in {dataset} (looked for {suffixes}). Check --dataset")
         if len(found) > 1 or files.images:
@@ -272,7 +273,7 @@ def _check(dataset: str, path: Path, config: str | None) -> None:
 
 
 def _open(dataset: str, path: Path, config: str | None) -> "tuple[Any, dict[str, datasets.IterableDataset]]":
-    """What knows the files of a data set, and its splits."""
+    """Return the builder of `datasets`, which lists the files, and the splits."""
     import datasets
 
     with loading(dataset, path):
@@ -285,7 +286,7 @@ def _open(dataset: str, path: Path, config: str | None) -> "tuple[Any, dict[str,
         tables = {str(name): table for name, table in builder.as_streaming_dataset().items()} if known else {}
     if not known:
         wanted = " ".join(FORMATS.values())
-        raise ByolTimmError(f"dataset {dataset} is of {builder.name}; --streaming reads {wanted} shards. Leave it out")
+        raise ByolTimmError(f"dataset {dataset} is {builder.name}; --streaming reads {wanted} shards. Remove it")
     return builder, tables
 
 
@@ -298,17 +299,17 @@ def _open_shards(builder: Any, split: str, table: "datasets.IterableDataset", co
 
 
 def _total(shards: Shards, infos: Mapping[str, Any], split: str, dataset: str, num_images: int | None) -> int:
-    """The number of images of a split: of its shards, else as the user says, else as the data set's card says."""
+    """Return the number of images of a split: of its shards, else as the user says, else of the dataset's card."""
     if shards.counts is not None:
         total = int(shards.counts.sum())
         if num_images not in (None, total):
-            raise ByolTimmError(f"--num_images ({num_images}) is wrong: {dataset} has {total} rows. Leave it out")
+            raise ByolTimmError(f"--num_images ({num_images}) is wrong: {dataset} has {total} rows. Remove it")
     elif num_images is not None:
         total = num_images
     elif split in infos:
         total = infos[split].num_examples
     else:
-        raise ByolTimmError(f"nothing says how many images {dataset} has in split {split}. Give --num_images")
+        raise ByolTimmError(f"the number of images of {dataset} in split {split} is unknown. Give --num_images")
     if not total:
         raise ByolTimmError(f"dataset {dataset} has no rows in split {split}. Check --dataset and --split")
     return total
@@ -318,18 +319,14 @@ def _total(shards: Shards, infos: Mapping[str, Any], split: str, dataset: str, n
 
 
 def _content(cell: Any) -> bytes | None:
-    """The encoded image in a cell; its path leads out of the shard and is not followed."""
+    """Return the encoded image in a cell. A path in it leads out of the shard and is not followed."""
     return cell["bytes"] if isinstance(cell, dict) else cell
 
 
-def decode_content(content: bytes | None, channels: int, reduction: Reduction | None, value_range: ValueRange) -> Array:
-    """The image in a row, uint8 [channels, H, W], as `decoding.decode`; raises `BadImage`."""
-    return decode(_open_content(content), channels, reduction, value_range)
-
-
-def _open_content(content: bytes | None) -> io.BytesIO:
+def open_content(content: bytes | None) -> io.BytesIO:
+    """Return the file in a row, or raise `BadImage` if it is empty."""
     if content is None:
-        raise BadImage("the row holds no image")
+        raise BadImage("the row has no image")
     return io.BytesIO(content)
 
 
@@ -358,8 +355,8 @@ def _held_out(sampled: Sequence[_Cell], total: int) -> list[_Cell]:
     return [cell for cell in sampled if cell.row < min(share, sizes[cell.shard] // 2)]
 
 
-class _Sample:
-    """Consecutive rows of some shards, in any order; the last ones read are held: the next is likely there."""
+class _Sample(Encoded):
+    """Rows of some shards, read in any order; rows after the last one read are kept, because they are likely next."""
 
     def __init__(self, shards: Shards, column: str, cells: Sequence[_Cell]) -> None:
         self.shards, self.column = shards, column
@@ -367,7 +364,7 @@ class _Sample:
         self._held: dict[tuple[int, int], bytes | None] = {}
 
     def images(self, train: Stream, classes: Sequence[str | None] | None, class_names: tuple[str, ...]) -> Images:
-        """These as images, with labels if there are."""
+        """Return these rows as images, with labels if they have any."""
         labels = None
         if classes is not None and any(classes):
             labels = np.array([class_names.index(name) if name is not None else -1 for name in classes])
@@ -375,14 +372,8 @@ class _Sample:
         class_names = class_names if labels is not None else ()
         return Images(train.name, train.channels, labels, class_names, self, rows, train.value_range)
 
-    def read(self, row: int, channels: int, reduction: Reduction | None, value_range: ValueRange) -> Array:
-        return decode_content(self._find(row), channels, reduction, value_range)
-
-    def side(self, row: int) -> int:
-        return longer_side(_open_content(self._find(row)))
-
-    def highest(self, row: int) -> int | None:
-        return highest_value(_open_content(self._find(row)))
+    def content(self, row: int) -> io.BytesIO:
+        return open_content(self._find(row))
 
     def describe(self, row: int) -> str:
         return self.shards.describe(*self.places[row].tolist())

@@ -1,4 +1,4 @@
-"""Tables of images: Parquet and Arrow files, data sets of the Hub."""
+"""Read tables of images: parquet and arrow files, datasets of the Hub."""
 
 import contextlib
 import io
@@ -6,12 +6,12 @@ import logging
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from ..errors import ByolTimmError, one_line
-from .decoding import BadImage, Reduction, ValueRange, decode, from_array, highest_of, highest_value, longer_side
-from .folders import TABLES, _natural
-from .images import TRAIN, Array, _Part, printable, spread
+from .decoding import BadImage
+from .folders import TABLES, natural
+from .images import TRAIN, Array, Encoded, Part, printable, spread
 
 if TYPE_CHECKING:
     import datasets
@@ -20,10 +20,10 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-class _Rows:
-    """Images in a column of a table: encoded files (bytes, or the paths of files) or arrays."""
+class Rows(Encoded):
+    """Images in a column of a table: encoded files or arrays. With `follow`, cells may also name files."""
 
-    def __init__(self, table: "datasets.Dataset", column: str, split: str, follow: bool) -> None:
+    def __init__(self, table: "datasets.Dataset", column: str, split: str, *, follow: bool) -> None:
         import datasets
 
         self.column, self.split, self.follow = column, split, follow
@@ -33,22 +33,12 @@ class _Rows:
         self._cells: pyarrow.ChunkedArray | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        # Memory-mapped tables travel to workers by path, their cells would as bytes.
+        # Memory-mapped tables are pickled as paths, but their cells would be as bytes.
         return self.__dict__ | {"_cells": None}
 
-    def read(self, row: int, channels: int, reduction: Reduction | None, value_range: ValueRange) -> Array:
+    def content(self, row: int) -> BinaryIO | Array:
         cell = self._cell(row)
-        if isinstance(cell, bytes):
-            return decode(io.BytesIO(cell), channels, reduction, value_range)
-        return from_array(cell, channels, value_range)
-
-    def side(self, row: int) -> int:
-        cell = self._cell(row)
-        return longer_side(io.BytesIO(cell)) if isinstance(cell, bytes) else max(cell.shape)
-
-    def highest(self, row: int) -> int | None:
-        cell = self._cell(row)
-        return highest_value(io.BytesIO(cell)) if isinstance(cell, bytes) else highest_of(cell)
+        return io.BytesIO(cell) if isinstance(cell, bytes) else cell
 
     def describe(self, row: int) -> str:
         return f"row {row} of {self.split}"
@@ -67,34 +57,27 @@ class _Rows:
                 self._cells = self.table[:].column(self.column)
             cell = self._cells[row].as_py()
             if isinstance(cell, dict):
-                named = cell["path"] if cell["bytes"] is None else None
-                if named and not self.follow:
-                    raise BadImage("the cell names a file on this machine, which a table of the Hub may not")
-                cell = _file_content(named) if named else cell["bytes"]
+                cell = self._named_file(cell["path"]) if cell["bytes"] is None and cell["path"] else cell["bytes"]
         if cell is None:
             raise BadImage("the cell is empty")
         return cell
 
-
-def _file_content(path: str) -> bytes:
-    try:
-        return Path(path).read_bytes()
-    except OSError as error:
-        raise BadImage(f"{printable(path)}: {error.strerror}") from error
-
-
-# Tables
+    def _named_file(self, path: str) -> bytes:
+        if not self.follow:
+            raise BadImage("the cell names a file on this machine, which tables from the Hub must not")
+        try:
+            return Path(path).read_bytes()
+        except OSError as error:
+            raise BadImage(f"{printable(path)}: {error.strerror}") from error
 
 
-def _load_tables(dataset: str, path: Path, config: str | None) -> "dict[str, datasets.Dataset]":
-    """The splits of parquet or arrow files, of what `save_to_disk` wrote, or of a data set on the Hub."""
+def load_tables(dataset: str, path: Path, config: str | None) -> "dict[str, datasets.Dataset]":
+    """Return the splits of parquet or arrow files, of a `save_to_disk` folder, or of a dataset of the Hub."""
     import datasets
 
     saved = any((path / name).exists() for name in ("state.json", "dataset_dict.json"))
     if config is not None and (saved or path.is_file()):
-        raise ByolTimmError(
-            f"--dataset_config ({config}) is for data sets with several and {dataset} is one. Leave it out"
-        )
+        raise ByolTimmError(f"--dataset_config ({config}) needs a dataset with several configurations. Remove it")
     with loading(dataset, path):
         if saved:
             loaded = datasets.load_from_disk(str(path))
@@ -107,7 +90,7 @@ def _load_tables(dataset: str, path: Path, config: str | None) -> "dict[str, dat
 
 @contextlib.contextmanager
 def loading(dataset: str, path: Path) -> Iterator[None]:
-    """`datasets` at work in silence; whatever goes wrong is a `ByolTimmError`."""
+    """Let `datasets` work silently; turn any error into `ByolTimmError`."""
     import datasets
 
     from ..encoders import cache_alone_without_network
@@ -117,15 +100,15 @@ def loading(dataset: str, path: Path) -> Iterator[None]:
             with _quiet(datasets):
                 yield
         except Exception as error:
-            # Of many kinds: no network, no such data set, no such configuration, broken files, a full disk.
+            # No network, no such dataset or configuration, broken files, a full disk, and others.
             reason = f"{unreachable}; {one_line(error)}" if unreachable else one_line(error)
-            what = "cannot be loaded" if path.exists() else "is no folder here and cannot be loaded from the Hub"
+            what = "cannot be loaded" if path.exists() else "is not a folder here and cannot be loaded from the Hub"
             raise ByolTimmError(f"dataset {dataset} {what} ({reason}). Check --dataset and --dataset_config") from error
 
 
 @contextlib.contextmanager
 def _quiet(datasets: Any) -> Iterator[None]:
-    """No progress bars where nobody sees them move, and no log of every attempt to reach the Hub."""
+    """Show no progress bars outside a terminal, and do not log attempts to reach the Hub."""
     hub, bars = logging.getLogger("huggingface_hub"), not datasets.are_progress_bars_disabled()
     level = hub.level
     hub.setLevel(logging.ERROR)
@@ -139,14 +122,14 @@ def _quiet(datasets: Any) -> Iterator[None]:
             datasets.enable_progress_bars()
 
 
-def _columns(
+def table_splits(
     tables: "dict[str, datasets.Dataset]",
     name: str,
     image_column: str | None,
     label_column: str | None,
     *,
     local: bool,
-) -> dict[str, _Part]:
+) -> dict[str, Part]:
     """Return the images and classes of every split of a table.
 
     Cells may name image files in local tables, and where `datasets` itself downloaded a folder of images from the Hub.
@@ -154,8 +137,8 @@ def _columns(
     features = next(iter(tables.values())).features
     images, labels = choose_columns(features, name, image_column, label_column)
     return {
-        split: _Part(
-            _Rows(table, images, split, local or table.info.builder_name == "imagefolder"),
+        split: Part(
+            Rows(table, images, split, follow=local or table.info.builder_name == "imagefolder"),
             len(table),
             *_classes(table, labels),
         )
@@ -166,7 +149,7 @@ def _columns(
 def choose_columns(
     features: "datasets.Features", name: str, image_column: str | None, label_column: str | None
 ) -> tuple[str, str | None]:
-    """The columns of images and labels: those named, or the only ones of their types; raises `ByolTimmError`."""
+    """Return the columns of images and labels: the named ones, or the only ones of their types."""
     import datasets
 
     for flag, column in (("image_column", image_column), ("label_column", label_column)):
@@ -182,17 +165,17 @@ def choose_columns(
             )
         image_column = found[0]
     elif not _holds_images(features[image_column]):
-        raise ByolTimmError(f"column {image_column} of {name} holds no images. Choose another with --image_column")
+        raise ByolTimmError(f"column {image_column} of {name} has no images. Choose another with --image_column")
     if label_column is None:
         found = [column for column, kind in features.items() if isinstance(kind, datasets.ClassLabel)]
         label_column = found[0] if len(found) == 1 else None
         if len(found) > 1:
-            logger.warning("several label columns, none is used; choose with --label_column: %s", ", ".join(found))
+            logger.warning("several label columns, using none; choose with --label_column: %s", ", ".join(found))
     return image_column, label_column
 
 
 def _holds_images(kind: Any) -> bool:
-    """Whether cells of that type can be images: files as bytes, alone or with a path, or arrays."""
+    """Return True if cells of that type can be images: files as bytes, alone or with a path, or arrays."""
     import datasets
 
     if isinstance(kind, (datasets.Image, datasets.Array2D, datasets.Array3D)):
@@ -203,7 +186,7 @@ def _holds_images(kind: Any) -> bool:
 
 
 def _classes(table: "datasets.Dataset", column: str | None) -> tuple[list[str | None] | None, tuple[str, ...]]:
-    """The class of every row by name, and all classes in their order."""
+    """Return the class name of every row, and all class names in their order."""
     if column is None or column not in table.features:
         return None, ()
     values = table.select_columns([column]).with_format("arrow")[:].column(column).to_pylist()
@@ -211,14 +194,12 @@ def _classes(table: "datasets.Dataset", column: str | None) -> tuple[list[str | 
 
 
 def name_classes(values: list[Any], kind: Any, column: str) -> tuple[list[str | None], tuple[str, ...]]:
-    """The names of the classes that cells of that type stand for, and all classes in their order."""
+    """Return the class names of cells of that type, and all class names in their order."""
     import datasets
 
     if isinstance(kind, datasets.ClassLabel):
         return [kind.names[v] if v is not None and v >= 0 else None for v in values], tuple(kind.names)
     if not all(v is None or isinstance(v, (int, str)) for v in values):
-        raise ByolTimmError(
-            f"column {column} holds neither class labels, whole numbers nor texts. Check --label_column"
-        )
+        raise ByolTimmError(f"column {column} has neither class labels, whole numbers nor text. Check --label_column")
     classes = [None if v is None or v == -1 else str(v) for v in values]
-    return classes, tuple(sorted({c for c in classes if c is not None}, key=_natural))
+    return classes, tuple(sorted({c for c in classes if c is not None}, key=natural))

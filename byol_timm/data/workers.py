@@ -1,4 +1,4 @@
-"""Processes that read and decode."""
+"""Worker processes that read and decode."""
 
 import logging
 import math
@@ -19,21 +19,21 @@ logger = logging.getLogger(__name__)
 
 OnBadImage = Literal["skip", "error"]
 MAX_BAD = 0.05
-# Seconds between looks after workers that give nothing, and until they count as hanging.
+# Seconds between checks of silent workers, and until they count as hanging.
 WORKER_POLL, WORKER_TIMEOUT = 5.0, 600.0
-# Images of so many bytes in all are decoded before worker processes would have started.
+# Decoding images of so many bytes in all is faster than starting workers.
 FEW_BYTES = 2**24
 PREFETCH = 2
 
 
 class WorkerError(ByolTimmError):
-    """A data loading process died or hangs."""
+    """A data-loading worker died or hangs."""
 
     exit_code = 1
 
 
 class BadImages(dict[int, str]):
-    """Images of a data set that cannot be read and were replaced, each with the reason."""
+    """Images of a dataset that cannot be read and were replaced, each with the reason; `quiet`: log none."""
 
     def __init__(self, name: str, num_images: int, on_bad_image: OnBadImage, *, quiet: bool = False) -> None:
         super().__init__()
@@ -79,7 +79,7 @@ def in_workers(
         pin_memory=pin,
     )
     answers, waited = _started(loader), 0.0
-    fault = f"data loading gave nothing for {WORKER_TIMEOUT:.0f} s"
+    fault = f"no data from the workers for {WORKER_TIMEOUT:.0f} s"
     while waited < WORKER_TIMEOUT:
         try:
             answer = next(answers)
@@ -95,18 +95,18 @@ def in_workers(
             fault = f"data loading {death[1]}"
             break
         except (EOFError, ConnectionError):
-            # It was killed while it handed over an answer.
+            # It was killed while it sent an answer.
             fault = "data loading worker exited unexpectedly"
             break
         waited = 0.0
         yield answer
-    # Now that the error of the loader is gone nothing else holds it: this ends the other workers.
+    # The last reference to the loader: this ends the other workers.
     del answers
-    raise WorkerError(f"{fault}. often out of (shared) memory or a broken image: retry with --workers 0 to find it")
+    raise WorkerError(f"{fault}. Often too little (shared) memory or a broken image: retry with --workers 0 to find it")
 
 
 def _started(loader: DataLoader[Any]) -> Iterator[Any]:
-    """An iterator whose workers' deaths show when it is asked for more, not in whatever the process is doing then."""
+    """Return an iterator that reports dead workers when asked for more, and does not interrupt other code."""
     handler = signal.getsignal(signal.SIGCHLD)
     answers = iter(loader)
     if threading.current_thread() is threading.main_thread():
@@ -115,7 +115,7 @@ def _started(loader: DataLoader[Any]) -> Iterator[Any]:
 
 
 def _start_worker(_: int) -> None:
-    # A group of its own: Ctrl-C and the launcher's signals are for the main process, which ends the workers.
+    # An own process group: Ctrl-C and the launcher's signals go to the main process only, which ends the workers.
     os.setpgid(0, 0)
 
 
@@ -131,7 +131,7 @@ def _check_shared_memory(needed: int, folder: str = "/dev/shm") -> None:
 
 
 def worker_count(workers: int | None, num_bytes: float = math.inf) -> int:
-    """As many as asked for; else one per core of this process, at most 8, or none for few bytes of decoded images."""
+    """Return `workers`, else one per core of this process, at most 8, or 0 for few bytes of decoded images."""
     if workers is not None:
         return workers
     if num_bytes < FEW_BYTES:

@@ -360,7 +360,7 @@ def test_a_hanging_worker_is_told_in_one_line(monkeypatch):
     monkeypatch.setattr(workers, "WORKER_POLL", 0.5)
     monkeypatch.setattr(workers, "WORKER_TIMEOUT", 1.0)
     images = open_dataset().train
-    with pytest.raises(workers.WorkerError, match=r"nothing for 1 s.*--workers 0") as error:
+    with pytest.raises(workers.WorkerError, match=r"no data from the workers for 1 s.*--workers 0") as error:
         take(TrainingBatches(images, batch_size=8, global_batch=8, cut=hang, workers=1), 1)
     one_line(error)
     assert not multiprocessing.active_children()

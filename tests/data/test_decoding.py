@@ -221,7 +221,7 @@ def test_arrays_and_stacks_give_as_many_channels_as_asked(channels):
         (npy(np.zeros((4, 6, 5), np.uint8)), 7, "channels, not 7"),
         (npy(np.zeros((6, 5), np.uint8)), 5, "1 channels, not 5"),
         (npy(np.zeros((6, 5, 3), np.float32)), 3, "float32 values"),
-        (npy(np.zeros(6, np.uint8)), 3, "is no image"),
+        (npy(np.zeros(6, np.uint8)), 3, "is not an image"),
         (npy(np.zeros((0, 5, 3), np.uint8)), 3, "no pixels"),
         (npy(np.array([{}], dtype=object), allow_pickle=True), 3, "allow_pickle=False"),
         (npy(np.zeros((6, 5, 3), np.uint8))[:-1], 3, "."),

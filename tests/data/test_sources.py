@@ -184,9 +184,9 @@ def test_folders_without_images_say_what_they_hold(tmp_path, names, found):
         ({"dataset": "images.parquet"}, "data folder images.parquet does not exist"),
         ({"dataset": __file__}, "is a file. Give a folder"),
         ({"split": "test"}, "no split test. Choose one with --split: train"),
-        ({"image_column": "image"}, r"--image_column \(image\) is for tables and digits is none"),
-        ({"dataset": "nobody/nothing"}, "is no folder here and cannot be loaded from the Hub"),
-        ({"dataset": "cifar10", "split": "test"}, "is no folder here and cannot be loaded from the Hub"),
+        ({"image_column": "image"}, r"--image_column \(image\) needs a table, which digits is not"),
+        ({"dataset": "nobody/nothing"}, "is not a folder here and cannot be loaded from the Hub"),
+        ({"dataset": "cifar10", "split": "test"}, "is not a folder here and cannot be loaded from the Hub"),
     ],
 )
 def test_what_cannot_be_opened_is_told_in_one_line(settings, message):
@@ -292,7 +292,7 @@ def test_image_columns_are_found_by_type_or_named(tmp_path):
     assert len(opened(both, tmp_path, image_column="image").train) == 20
     with pytest.raises(ByolTimmError, match=r"no image column in .*columns: label\..*--image_column"):
         opened(table.select_columns(["label"]), tmp_path)
-    with pytest.raises(ByolTimmError, match="holds no images"):
+    with pytest.raises(ByolTimmError, match="has no images"):
         opened(table, tmp_path, image_column="label")
     with pytest.raises(ByolTimmError, match=r"no column picture in .*columns: image, label"):
         opened(table, tmp_path, image_column="picture")
@@ -353,7 +353,7 @@ def test_the_values_of_deep_images_have_a_range(tmp_path, kind, caplog):
     for images in (spread, crushed):
         warn_of_few_levels(images)
     [warning] = caplog.messages
-    assert "reach 4095 of 65535: 17 of 256 grey levels" in warning
+    assert "up to 4095 of 65535, so 17 of 256 grey levels" in warning
     assert "--value_range 0 4095" in warning and "\n" not in warning
 
 

@@ -302,7 +302,7 @@ def test_paths_in_rows_are_not_followed(tmp_path):
     pyarrow.parquet.write_table(table.data.table, tmp_path / "shards" / "a.parquet")
     stream = batches(open_stream(str(tmp_path / "shards")))
     take(stream, 6)
-    assert list(stream.bad.values()) == ["row 99 of a.parquet: the row holds no image"]
+    assert list(stream.bad.values()) == ["row 99 of a.parquet: the row has no image"]
 
 
 def test_a_broken_shard_is_told_by_its_name(tmp_path):
@@ -410,7 +410,7 @@ def test_other_images_have_another_fingerprint(folders, tmp_path):
 
 
 def test_a_number_of_images_that_nobody_knows_is_asked_for(folders):
-    with pytest.raises(ByolTimmError, match=r"nothing says how many images .* --num_images") as error:
+    with pytest.raises(ByolTimmError, match=r"the number of images of .* --num_images") as error:
         open_stream(folders["tar"])
     one_line(error)
 
@@ -428,13 +428,13 @@ def test_a_wrong_number_of_images_is_told(folders):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("digits", "Leave it out"),
+        ("digits", "Remove it"),
         ("nothing/here/at/all", "does not exist"),
-        ("images", r"read one by one anyway. Leave out --streaming"),
-        ("saved", "never held in memory. Leave out --streaming"),
+        ("images", "read one by one without --streaming"),
+        ("saved", "read from disk without --streaming"),
         ("empty", r"no shards found .*\.parquet \.arrow \.tar"),
         ("mixed", r"holds 1 \.parquet and 1 \.tar"),
-        ("text.txt", "is no shard"),
+        ("text.txt", "is not a shard"),
         ("arrays", "holds arrays"),
         ("user/name", "cannot be loaded from the Hub"),
     ],

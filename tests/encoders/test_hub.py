@@ -842,7 +842,7 @@ def test_images_of_a_data_set_on_the_hub_come_by_its_id_and_nothing_stands_in_fo
     assert (train, test) == (DIGITS.target[:40].tolist(), DIGITS.target[40:60].tolist())
     assert pixels == (DIGITS.images[0] * 15).astype(int).tolist()
     for name, split, texts in (
-        ("tester/nothing", "train", ["tester/nothing is no folder here and cannot be loaded from the Hub"]),
+        ("tester/nothing", "train", ["tester/nothing is not a folder here and cannot be loaded from the Hub"]),
         ("tester/scans", "val", ["no split val", "train, test"]),
     ):
         with pytest.raises(Failed) as failed:
