@@ -48,7 +48,9 @@ class Convert:
 def main() -> None:
     config = parse(Convert)
 
-    from byol_timm.encoders import convert_checkpoint, parse_kwargs
+    from convert_layouts import convert_checkpoint
+
+    from byol_timm.encoders import parse_kwargs
 
     folder = convert_checkpoint(
         config.checkpoint,

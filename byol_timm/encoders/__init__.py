@@ -1,7 +1,6 @@
-"""Encoders: timm backbones without a classifier, created, checked, saved, pushed and converted."""
+"""Encoders: timm backbones without a classifier, created, checked, saved and pushed."""
 
 from .check import read_record as read_record
-from .convert import convert_checkpoint as convert_checkpoint
 from .create import create_encoder as create_encoder
 from .create import parse_kwargs as parse_kwargs
 from .facts import encoder_width as encoder_width

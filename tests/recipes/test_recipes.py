@@ -23,7 +23,13 @@ from byol_timm.errors import ByolTimmError
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 # quickstart.py has no command line, and some recipes have a second file.
-PARTS = {"quickstart.py", "benchmark_peers.py", "frozen_vs_unfrozen_report.py"}
+PARTS = {
+    "quickstart.py",
+    "benchmark_peers.py",
+    "convert_haiku.py",
+    "convert_layouts.py",
+    "frozen_vs_unfrozen_report.py",
+}
 RECIPES = sorted({path.name for path in (ROOT / "recipes").glob("*.py")} - PARTS)
 BIN = Path(sys.executable).parent
 

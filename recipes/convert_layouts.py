@@ -1,4 +1,4 @@
-"""Convert checkpoints of other BYOL projects to timm's format: their online encoders, without running any code."""
+"""Layouts of other BYOL projects' checkpoints, for convert.py: read their online encoders without running any code."""
 
 import logging
 import pickle
@@ -9,17 +9,14 @@ from typing import Any, Literal, NamedTuple, cast, get_args
 
 import timm
 import torch
+from convert_haiku import NOTE, ExperimentState, haiku_encoder, read_arrays
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 
-from ..errors import ByolTimmError, one_line
-from .check import shapes
-from .create import create_encoder
-from .facts import pretrained_cfg
-from .folder import save_encoder
-from .haiku import NOTE, ExperimentState, haiku_encoder, read_arrays
+from byol_timm.encoders import create_encoder, save_encoder
+from byol_timm.errors import ByolTimmError, one_line
 
 logger = logging.getLogger(__name__)
 
@@ -221,12 +218,12 @@ def _channels(tensors: Mapping[str, Tensor], backbone: str) -> int:
 
 
 def _weights(network: nn.Module) -> dict[str, torch.Size]:
-    return {name: shape for name, shape in shapes(network).items() if not name.endswith(COUNTER)}
+    return {name: tensor.shape for name, tensor in network.state_dict().items() if not name.endswith(COUNTER)}
 
 
 def _load(encoder: nn.Module, tensors: Mapping[str, Tensor], backbone: str, checkpoint: Path) -> None:
     wanted = _weights(encoder)
-    classifiers = pretrained_cfg(encoder)["classifier"]
+    classifiers = encoder.pretrained_cfg["classifier"]
     left_out = tuple(f"{name}." for name in ([classifiers] if isinstance(classifiers, str) else classifiers or []))
     for name, shape in wanted.items():
         if name not in tensors:

@@ -1,4 +1,4 @@
-"""Read checkpoints of the authors' JAX release: numpy arrays out of a pickle, as a network of timm."""
+"""Read checkpoints of the authors' JAX release, for convert.py: numpy arrays out of a pickle, as a network of timm."""
 
 import pickle
 import re
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ..errors import ByolTimmError
+from byol_timm.errors import ByolTimmError
 
 # timm's networks for the ResNets of the release, by their depths.
 BACKBONES: dict[tuple[int, ...], str] = {(3, 4, 6, 3): "resnet50_clip_gap", (3, 4, 23, 3): "resnet101_clip_gap"}

@@ -15,12 +15,12 @@ import pytest
 import timm
 import torch
 import torchvision
+from convert_layouts import convert_checkpoint, read_checkpoint
 from safetensors.torch import save_file
 from timm.layers import Conv2dSame
 from torch import nn
 
-from byol_timm.encoders import convert_checkpoint, create_encoder, files_to_push
-from byol_timm.encoders.convert import read_checkpoint
+from byol_timm.encoders import create_encoder, files_to_push
 from byol_timm.errors import ByolTimmError
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "convert.py"
