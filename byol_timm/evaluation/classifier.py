@@ -291,19 +291,14 @@ def _shuffled(inputs: Tensor, labels: Tensor, batch_size: int, seed: int) -> Bat
 
 def augmented(images: Images, preparation: Preparation, protocol: Protocol, device: torch.device, seed: int) -> Batches:
     """Yield endless batches of augmented, normalized images and their labels, each valid until the next."""
-    normalization: Any = dict(mean=preparation.mean, std=preparation.std)
-    augmentation = protocol.augmentation or NO_AUGMENTATION
-    views = TwoViews(augmentation, preparation.transform.size, seed=seed, **normalization)
+    settings: Any = dict(seed=seed, mean=preparation.mean, std=preparation.std)
+    views = TwoViews(protocol.augmentation or NO_AUGMENTATION, preparation.transform.size, **settings)
     make_views = DeviceViews(views, device, preparation.channels_last)
-    labels = torch.tensor(images.labels)
-    size = min(protocol.batch_size, len(images))
-    cached = open_cache(images, None, workers=preparation.workers, poll=preparation.poll or (lambda: None))
-    with TrainingBatches(
-        cached, batch_size=size, global_batch=size, cut=views.cut, seed=seed, workers=preparation.workers
-    ) as batches:
+    labels, size = torch.tensor(images.labels), min(protocol.batch_size, len(images))
+    reading: Any = dict(batch_size=size, global_batch=size, seed=seed, workers=preparation.workers)
+    cached = open_cache(images, None, workers=preparation.workers)
+    with TrainingBatches(cached, cut=views.cut, **reading) as batches:
         for batch in batches:
-            if preparation.poll is not None:
-                preparation.poll()
             # Unreadable images are replaced by others: ignore their labels.
             labels[list(batches.bad)] = -1
             yield make_views(batch)[0], labels[batch.ordinals % len(images)].to(device)

@@ -55,11 +55,10 @@ def extract_features(
 
 @dataclass(frozen=True)
 class Preparation:
-    """How images become the input of an encoder, and how they are read.
+    """How images become the input of an encoder.
 
-    transform: of an image to uint8 [C, H, W]. mean, std: of pixels in 0..1, per channel or one for all.
-    workers: data-loading workers.
-    poll: called before every batch; may raise an error to interrupt.
+    transform: of an image to uint8 [C, H, W]. mean, std: of pixels in 0..1, per channel or one for all. workers: for
+    data loading.
     """
 
     transform: EvaluationTransform
@@ -67,7 +66,6 @@ class Preparation:
     std: tuple[float, ...]
     channels_last: bool = False
     workers: int | None = None
-    poll: Callable[[], None] | None = None
 
     @classmethod
     def of(cls, encoder: nn.Module, in_chans: int = 3, **settings: Any) -> "Preparation":
@@ -106,14 +104,8 @@ def dataset_features(
             read.append(good)
             yield batch
 
-    features = extract_features(
-        network,
-        pixels(),
-        mean=preparation.mean,
-        std=preparation.std,
-        channels_last=preparation.channels_last,
-        poll=preparation.poll,
-    )
+    mean, std, channels_last = preparation.mean, preparation.std, preparation.channels_last
+    features = extract_features(network, pixels(), mean=mean, std=std, channels_last=channels_last)
     return features, torch.cat(read).numpy()
 
 

@@ -74,7 +74,7 @@ def accuracy(scores: Tensor, labels: Tensor) -> float:
 
 
 def labels_of(images: Images, purpose: str) -> Array:
-    """Return the labels of images, at least one of which must have a label."""
+    """Return the labels of images, of which at least one must have one."""
     if images.labels is None:
         raise ByolTimmError(f"the images of {images.name} to {purpose} have no labels. Evaluation needs them")
     labelled(torch.as_tensor(images.labels), purpose)
