@@ -24,7 +24,7 @@ from torch import nn
 
 from byol_timm import create_encoder, pretrain
 from byol_timm.cli import parse, run
-from byol_timm.config import PretrainConfig, check, output_dir
+from byol_timm.config import PretrainConfig, Settings, check, output_dir
 from byol_timm.data import Images, Splits, fingerprint
 from byol_timm.encoders import fit_backbone, has_convolutions, has_residual_init, normalization
 from byol_timm.errors import ByolTimmError
@@ -41,7 +41,6 @@ from byol_timm.evaluation import (
 from byol_timm.files import write_json
 from byol_timm.pretraining import MAY_CHANGE, initial_encoder, open_images, resolve_images, resolve_training
 from byol_timm.training import claim_folder, compare_config
-from byol_timm.views import EvaluationTransform, crop_pct
 
 logger = logging.getLogger("byol_timm.frozen_vs_unfrozen")
 
@@ -240,10 +239,10 @@ def check_same_comparison(folder: Path, comparison: Comparison, splits: Splits) 
     write_json(path, asked)
 
 
-def resolve(comparison: Comparison, config: PretrainConfig, splits: Splits) -> PretrainConfig:
+def resolve(comparison: Comparison, config: PretrainConfig, splits: Splits) -> Settings:
     """Return the settings of pretraining on all images, with every value decided."""
-    settings = resolve_images(config, splits.train.side())
-    settings = resolve_training(settings, initial_encoder(settings), len(splits.train), 1)
+    config = resolve_images(config, splits.train.side())
+    settings = resolve_training(config, initial_encoder(config), len(splits.train), 1)
     for share in comparison.image_shares:
         count = round(share * len(splits.train))
         if count < settings.batch_size:
@@ -267,15 +266,15 @@ def cells(comparison: Comparison, origin: Origin, seed: int) -> list[Cell]:
     return [Cell(origin, frozen, labels, seed) for frozen in (True, False) for labels in shares]
 
 
-def fill(folder: Path, comparison: Comparison, settings: PretrainConfig, origin: Origin, splits: Splits) -> None:
+def fill(folder: Path, comparison: Comparison, settings: Settings, origin: Origin, splits: Splits) -> None:
     """Compute the missing cells of one encoder."""
     missing = [c for c in cells(comparison, origin, settings.seed) if not (folder / "cells" / c.file).exists()]
     encoder = find_encoder(folder, settings, origin) if missing else None
     if encoder is None:
         return
     encoder.to("cuda" if torch.cuda.is_available() else "cpu").eval()
-    preparation = Preparation(
-        EvaluationTransform(settings.image_size, crop_pct=crop_pct(settings.image_size)),
+    preparation = Preparation.square(
+        settings.image_size,
         *normalization(encoder, settings.in_chans),
         channels_last=has_convolutions(encoder),
         workers=settings.workers,
@@ -290,7 +289,7 @@ def fill(folder: Path, comparison: Comparison, settings: PretrainConfig, origin:
         start = now
 
 
-def find_encoder(folder: Path, settings: PretrainConfig, origin: Origin) -> nn.Module | None:
+def find_encoder(folder: Path, settings: Settings, origin: Origin) -> nn.Module | None:
     """Return the encoder, pretrained with BYOL where needed, or None where timm has no pretrained weights for it."""
     if origin.start == "byol":
         run_folder = folder / f"{origin.file}-seed{settings.seed}"

@@ -132,6 +132,16 @@ def test_the_launcher_takes_the_flags_of_the_docs(command):
     assert (ROOT / arguments.training_script).exists() or arguments.module
 
 
+def test_the_files_and_names_that_contributing_lists_exist():
+    text = (ROOT / "recipes" / "contributing.md").read_text(encoding="utf-8")
+    sources = {path: path.read_text(encoding="utf-8") for path in (ROOT / "byol_timm").rglob("*.py")}
+    for name in re.findall(r"`([\w./]+)`", text.partition("## Where a new thing goes")[2]):
+        if name.endswith((".py", "/", ".md")):
+            assert any((folder / name).exists() for folder in (ROOT, ROOT / "byol_timm")), name
+        else:
+            assert any(re.search(rf"\b{name}\b", source) for source in sources.values()), name
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_lead_somewhere(page):
     text = page.read_text(encoding="utf-8")
