@@ -9,6 +9,12 @@ import pytest
 import torch
 
 
+def pytest_configure(config):
+    """Hide a GPU from all tests but those of `pytest -m gpu`: they expect the numbers of a CPU."""
+    if "gpu" not in (config.option.markexpr or ""):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 @pytest.fixture(scope="session")
 def golden():
     """Numbers computed by the BYOL authors' released code on random inputs."""
