@@ -2,10 +2,10 @@
 
 import contextlib
 import itertools
-from collections.abc import Callable, Generator, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,6 +16,11 @@ from .decoding import BadImage, Reduction
 from .images import Images, readable
 from .sampling import epoch_order
 from .workers import MAX_BAD, PREFETCH, BadImages, OnBadImage, in_workers, worker_count
+
+Opened = TypeVar("Opened", bound="Batches")
+# Of `(ordinal, item, reduction, bad)`: return the image of an item and True, or a replacement and False; put the
+# reasons why items are bad into `bad`.
+Find = Callable[[int, Any, Reduction | None, dict[int, str]], tuple[Tensor | None, bool]]
 
 
 @dataclass(frozen=True)
@@ -37,47 +42,102 @@ class Batch:
         return Batch(images, crops, self.ordinals)
 
 
-class TrainingBatches:
-    """Endless batches of one process, from optimizer step `start_step` on.
+@dataclass(kw_only=True, eq=False)
+class Batches:
+    """Endless batches of one process, from optimizer step `start_step` on; iterating again starts again.
+
+    cut: makes crops of `(image, ordinal)` in a worker. reduction: of `(ordinal, height, width)`, the factor by which to
+        decode JPEG smaller.
+    workers: None is one per core, at most 8; 0 is this process. pin: for training on CUDA.
+    bad: images that cannot be read, which are replaced; more than 5 %, or any with `on_bad_image="error"`, raise
+        `ByolTimmError`.
+
+    A context manager, which ends the workers.
+    """
+
+    batch_size: int
+    global_batch: int
+    cut: Callable[[Tensor, int], Tensor]
+    reduction: Callable[[int, int, int], int] | None = None
+    rank: int = 0
+    world: int = 1
+    seed: int = 0
+    start_step: int = 0
+    workers: int | None = None
+    on_bad_image: OnBadImage = "skip"
+    pin: bool = False
+    bad: BadImages = field(init=False)
+    _running: Generator[Batch] | None = field(default=None, init=False)
+
+    def __iter__(self) -> Iterator[Batch]:
+        self.close()
+        self._running = self._batches()
+        return self._running
+
+    def __enter__(self: Opened) -> Opened:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the workers."""
+        if self._running is not None:
+            self._running.close()
+            self._running = None
+
+    def _batches(self) -> Generator[Batch]:
+        raise NotImplementedError
+
+    def _check(self, name: str, num_images: int) -> None:
+        micro_batches, rest = divmod(self.global_batch, self.batch_size * self.world)
+        if rest or not micro_batches:
+            product = f"{self.batch_size} x {self.world} processes"
+            raise ByolTimmError(f"global batch {self.global_batch} is not a multiple of {product}")
+        if num_images < self.global_batch:
+            product = f"{self.batch_size} x {self.world * micro_batches}"
+            raise ByolTimmError(
+                f"dataset has {num_images} images but the global batch is {self.global_batch} ({product}). "
+                "Lower --batch_size, the processes or the accumulation"
+            )
+        self.bad = BadImages(name, num_images, self.on_bad_image)
+
+    def _read(self, find: Find, examples: Images, requests: Iterable[tuple[Tensor, Sequence[Any]]]) -> Generator[Batch]:
+        """Yield the crops of the requested items."""
+        example = self.cut(next(readable(examples, 100, examples.decode)), 0)
+        reader, num_bytes = CropReader(find, self.cut, self.reduction), example.numel() * self.batch_size
+        answers = in_workers(reader, requests, worker_count(self.workers), num_bytes, self.pin)
+        seen = all_replaced = 0
+        with contextlib.closing(answers):
+            for crops, ordinals, reasons, replaced in answers:
+                self.bad.note(reasons)
+                seen += len(ordinals)
+                all_replaced += replaced
+                self.bad.check(all_replaced, seen)
+                self.bad.check(len(self.bad), self.bad.num_images)
+                yield Batch(None, crops, ordinals)
+
+
+@dataclass(kw_only=True, eq=False)
+class TrainingBatches(Batches):
+    """Batches of images that can be read in any order.
 
     Step k trains on the images [(k % steps) * global_batch, + global_batch) of `epoch_order(seed, k // steps, n)`,
     steps = n // global_batch, whatever the number of processes, the batch size and the number of workers: micro-batch
     m of process r is the slice at (m * world + r) * batch_size of them.
-    Images that `open_cache` stored as planes come whole. Of others, `workers` processes (None: one per core, at most 8;
-    0: this one) make crops by `cut(image, ordinal)`; they decode JPEG smaller by the factor `reduction(ordinal, height,
-    width)`, if given. `pin`: for training on CUDA.
-    An image that cannot be read is replaced by the next one that can, and noted in `bad`; more than 5 % of them, or
-    any with `on_bad_image="error"`, raise `ByolTimmError`.
+    Images that `open_cache` stored as planes come whole, others as crops. An image that cannot be read is replaced by
+    the next one that can.
     """
 
-    def __init__(
-        self,
-        images: Images,
-        *,
-        batch_size: int,
-        global_batch: int,
-        cut: Callable[[Tensor, int], Tensor],
-        reduction: Callable[[int, int, int], int] | None = None,
-        rank: int = 0,
-        world: int = 1,
-        seed: int = 0,
-        start_step: int = 0,
-        workers: int | None = None,
-        on_bad_image: OnBadImage = "skip",
-        pin: bool = False,
-    ) -> None:
-        check_batch(len(images), batch_size, global_batch, world)
-        self.images, self.seed, self.start_step = images, seed, start_step
-        self.batch_size, self.global_batch, self.rank, self.world = batch_size, global_batch, rank, world
-        self.workers, self.pin = workers, pin
-        self.bad = BadImages(images.name, len(images), on_bad_image)
-        self._cut, self._reduction = cut, reduction
-        self._running: Generator[Batch] | None = None
-        source = images.source
+    images: Images = field(kw_only=False)
+
+    def __post_init__(self) -> None:
+        self._check(self.images.name, len(self.images))
+        source = self.images.source
         self._decoded = source if isinstance(source, Decoded) and source.planes else None
         if self._decoded is not None:
-            self.bad.note(self._decoded.bad_among(images))
-            self.bad.check(len(self.bad), len(images))
+            self.bad.note(self._decoded.bad_among(self.images))
+            self.bad.check(len(self.bad), len(self.images))
 
     @property
     def in_memory(self) -> bool:
@@ -89,22 +149,11 @@ class TrainingBatches:
         """Return how many batches workers prepare in advance."""
         return 0 if self.in_memory else PREFETCH * worker_count(self.workers)
 
-    def __iter__(self) -> Iterator[Batch]:
-        self.close()
-        self._running = self._crops() if self._decoded is None else self._whole(self._decoded)
-        return self._running
-
-    def __enter__(self) -> "TrainingBatches":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """End the workers."""
-        if self._running is not None:
-            self._running.close()
-            self._running = None
+    def _batches(self) -> Generator[Batch]:
+        if self._decoded is not None:
+            return self._whole(self._decoded)
+        requests = ((ordinals, (ordinals % len(self.images)).tolist()) for ordinals in self._ordinals())
+        return self._read(_ImageOrNext(self.images), self.images, requests)
 
     def _ordinals(self) -> Iterator[Tensor]:
         n = len(self.images)
@@ -121,27 +170,6 @@ class TrainingBatches:
             images = torch.empty(self.batch_size, *pixels.shape[1:], dtype=torch.uint8, pin_memory=self.pin)
             torch.index_select(pixels, 0, places[ordinals % len(places)], out=images)
             yield Batch(images, None, ordinals)
-
-    def _crops(self) -> Generator[Batch]:
-        example = self._cut(next(readable(self.images, 100, self.images.decode)), 0)
-        reader = CropReader(_ImageOrNext(self.images), self._cut, self._reduction)
-        requests = ((ordinals, (ordinals % len(self.images)).tolist()) for ordinals in self._ordinals())
-        num_bytes = example.numel() * self.batch_size
-        answers = in_workers(reader, requests, worker_count(self.workers), num_bytes, self.pin)
-        return checked(answers, self.bad)
-
-
-def check_batch(num_images: int, batch_size: int, global_batch: int, world: int) -> None:
-    """Raise `ByolTimmError` unless the images fill a global batch of `batch_size` images per process."""
-    micro_batches, rest = divmod(global_batch, batch_size * world)
-    if rest or not micro_batches:
-        raise ByolTimmError(f"global batch {global_batch} is not a multiple of {batch_size} x {world} processes")
-    if num_images < global_batch:
-        product = f"{batch_size} x {world * micro_batches}"
-        raise ByolTimmError(
-            f"dataset has {num_images} images but the global batch is {global_batch} ({product}). "
-            "Lower --batch_size, the processes or the accumulation"
-        )
 
 
 def copied_ahead(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
@@ -172,18 +200,12 @@ def _copied_ahead(batches: Iterator[Batch], device: torch.device) -> Iterator[Ba
 
 
 class CropReader:
-    """Answer ordinals, each with an item to read, with crops, the ordinals, and the reasons why items are bad.
+    """Answer ordinals, each with an item to read, with crops, the ordinals, why items are bad, and the replaced ones.
 
-    find: `(ordinal, item, reduction, bad)` to an image, the item's or a replacement for it, and True if it is the
-    item's; notes bad items in `bad`. No image: there are no crops in the answer.
+    There are no crops if `find` returns no image for an item.
     """
 
-    def __init__(
-        self,
-        find: Callable[[int, Any, Reduction | None, dict[int, str]], tuple[Tensor | None, bool]],
-        cut: Callable[[Tensor, int], Tensor],
-        reduction: Callable[[int, int, int], int] | None,
-    ) -> None:
+    def __init__(self, find: Find, cut: Callable[[Tensor, int], Tensor], reduction: Callable[..., int] | None) -> None:
         self.find, self.cut, self.reduction = find, cut, reduction
 
     def __getitem__(self, request: tuple[Tensor, Sequence[Any]]) -> tuple[Tensor, Tensor, dict[int, str], int]:
@@ -197,19 +219,6 @@ class CropReader:
             crops.append(self.cut(image, ordinal))
             replaced += not own
         return torch.stack(crops), request[0], bad, replaced
-
-
-def checked(answers: Generator[Any], bad: BadImages) -> Generator[Batch]:
-    """Yield the batches that a `CropReader` answers; raise `ByolTimmError` at too many bad images."""
-    seen = all_replaced = 0
-    with contextlib.closing(answers):
-        for crops, ordinals, reasons, replaced in answers:
-            bad.note(reasons)
-            seen += len(ordinals)
-            all_replaced += replaced
-            bad.check(all_replaced, seen)
-            bad.check(len(bad), bad.num_images)
-            yield Batch(None, crops, ordinals)
 
 
 class _ImageOrNext:

@@ -4,7 +4,8 @@ import contextlib
 import itertools
 import queue
 import threading
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -12,12 +13,11 @@ import torch
 from torch import Tensor
 
 from ..errors import ByolTimmError
-from .batches import Batch, CropReader, check_batch, checked
+from .batches import Batch, Batches
 from .decoding import BadImage, Reduction, decode
-from .images import Images, readable
+from .images import Images
 from .sampling import epoch_order
 from .streams import Stream, open_content
-from .workers import BadImages, OnBadImage, in_workers, worker_count
 
 # Parts of the stream that are read in parallel, and divided among processes.
 MAX_LANES = 64
@@ -27,8 +27,9 @@ TIMEOUT = 600.0
 Rows = list[tuple[int, bytes | None]]
 
 
-class StreamBatches:
-    """Endless batches of one process from a stream, from optimizer step `start_step` on, as `TrainingBatches`.
+@dataclass(kw_only=True, eq=False)
+class StreamBatches(Batches):
+    """Batches of a stream.
 
     An epoch permutes the shards, takes as many images in sequence as fill global batches, from a random start, and
     cuts them into lanes of equal length. The number of lanes is a power of two that divides the global batch, at most
@@ -39,62 +40,23 @@ class StreamBatches:
     is replaced by one of `bank` that its ordinal chooses, and noted in `bad`; too many raise `ByolTimmError`.
     """
 
-    def __init__(
-        self,
-        stream: Stream,
-        bank: Images,
-        *,
-        batch_size: int,
-        global_batch: int,
-        cut: Callable[[Tensor, int], Tensor],
-        reduction: Callable[[int, int, int], int] | None = None,
-        rank: int = 0,
-        world: int = 1,
-        seed: int = 0,
-        start_step: int = 0,
-        workers: int | None = None,
-        shuffle_buffer: int = 10_000,
-        on_bad_image: OnBadImage = "skip",
-        pin: bool = False,
-    ) -> None:
-        check_batch(len(stream), batch_size, global_batch, world)
-        self.stream, self.bank, self.seed, self.start_step = stream, bank, seed, start_step
-        self.batch_size, self.global_batch, self.rank, self.world = batch_size, global_batch, rank, world
-        self.workers, self.shuffle_buffer, self.pin = workers, shuffle_buffer, pin
-        self.bad = BadImages(stream.name, len(stream), on_bad_image)
+    stream: Stream = field(kw_only=False)
+    bank: Images = field(kw_only=False)
+    shuffle_buffer: int = 10_000
+
+    def __post_init__(self) -> None:
+        self._check(self.stream.name, len(self.stream))
         self.lanes = 1
-        while stream.has_counts and 2 * self.lanes <= min(MAX_LANES, len(stream.shards)):
-            if global_batch % (2 * self.lanes):
+        while self.stream.has_counts and 2 * self.lanes <= min(MAX_LANES, len(self.stream.shards)):
+            if self.global_batch % (2 * self.lanes):
                 break
             self.lanes *= 2
-        self._cut, self._reduction = cut, reduction
-        self._running: Generator[Batch] | None = None
-
-    def __iter__(self) -> Iterator[Batch]:
-        self.close()
-        self._running = self._batches()
-        return self._running
-
-    def __enter__(self) -> "StreamBatches":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """End the workers and the reading."""
-        if self._running is not None:
-            self._running.close()
-            self._running = None
 
     def _batches(self) -> Generator[Batch]:
-        example = self._cut(next(readable(self.bank, 100, self.bank.decode)), 0)
-        reader = CropReader(_RowOrSpare(self.stream, self.bank, self.seed), self._cut, self._reduction)
         # Half as many images are read ahead as are held in blocks.
         ahead = _read_ahead(self._requests(), max(2, self.shuffle_buffer // (2 * self.world * self.batch_size)))
-        num_bytes = example.numel() * self.batch_size
         with contextlib.closing(ahead):
-            yield from checked(in_workers(reader, ahead, worker_count(self.workers), num_bytes, self.pin), self.bad)
+            yield from self._read(_RowOrSpare(self.stream, self.bank, self.seed), self.bank, ahead)
 
     def _requests(self) -> Iterator[tuple[Tensor, Rows]]:
         """Yield ordinals and rows of every micro-batch of this process."""

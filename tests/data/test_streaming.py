@@ -507,7 +507,8 @@ def test_a_killed_run_resumes_to_the_same_bits_with_other_workers(labelled, tmp_
     pretrain(whole)
     (tmp_path / "killed.yaml").write_text(to_yaml(killed))
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    with subprocess.Popen([sys.executable, RECIPE, "--config", tmp_path / "killed.yaml"], env=environment) as process:
+    command = [sys.executable, RECIPE, "--config", tmp_path / "killed.yaml", "--output_dir", killed.output_dir]
+    with subprocess.Popen(command, env=environment) as process:
         while process.poll() is None and not list((tmp_path / "killed").glob("checkpoints/step-*")):
             time.sleep(0.05)
         process.kill()
