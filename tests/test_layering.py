@@ -25,8 +25,7 @@ ORDER = [
     ["__init__", "__main__"],
 ]
 OWNERS = {
-    "accelerate": {"training/processes", "training/step", "training/graph", "pretraining/run", "pretraining/dry_run",
-                   "pretraining/journal", "pretraining/summary"},
+    "accelerate": {"training/processes", "training/step", "training/graph"},
     "datasets": {"data/opening", "data/tables", "data/streams"},
     "fsspec": {"data/streams"},
     "pyarrow": {"data/tables", "data/streams"},

@@ -5,12 +5,11 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from accelerate import Accelerator
-
 from ..config import PretrainConfig, check, output_dir
 from ..encoders import check_push
 from ..errors import ByolTimmError
 from ..training import (
+    Accelerator,
     Checkpoint,
     Interruption,
     Processes,
@@ -30,12 +29,15 @@ class Run:
     """
 
     folder: Path
-    accelerator: Accelerator
     processes: Processes
     interruption: Interruption
     earlier: Checkpoint | None
     commit: Callable[[], None]
     stack: contextlib.ExitStack
+
+    @property
+    def accelerator(self) -> Accelerator:
+        return self.processes.accelerator
 
 
 @contextlib.contextmanager
@@ -43,22 +45,16 @@ def open_run(config: PretrainConfig) -> Iterator[Run]:
     """Check the config, start the processes, and lock the folder until the end; a dry run needs no folder."""
     check(config)
     folder = output_dir(config)
-    accelerator = create_accelerator(config.report_to, folder)
     with contextlib.ExitStack() as stack:
-        processes = stack.enter_context(Processes(accelerator))
+        processes = stack.enter_context(Processes(create_accelerator(config.report_to, folder)))
         earlier = None
         # Only the main process holds the folder.
         commits: list[Callable[[], None]] = []
         if not config.dry_run:
             processes.on_main(lambda: commits.append(_claim(folder, config, stack)))
             earlier = _earlier(folder) if config.resume else None
-        commit = commits[0] if commits else _nothing_to_commit
         interruption = stack.enter_context(Interruption(max_minutes=config.max_time))
-        yield Run(folder, accelerator, processes, interruption, earlier, commit, stack)
-
-
-def _nothing_to_commit() -> None:
-    pass
+        yield Run(folder, processes, interruption, earlier, commits[0] if commits else lambda: None, stack)
 
 
 def _claim(folder: Path, config: PretrainConfig, stack: contextlib.ExitStack) -> Callable[[], None]:

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from torch import nn
 
 from .. import __version__
 from ..cli import counted
 from ..config import PretrainConfig
 from ..encoders import encoder_width, has_batch_norm
+from ..training import Accelerator
 from ..views import omitted_operations
 from .launch import Run
 from .plan import Plan

@@ -21,6 +21,7 @@ from .optim import LARS as LARS
 from .optim import check_optimizer as check_optimizer
 from .optim import create_optimizer as create_optimizer
 from .optim import parameter_groups as parameter_groups
+from .processes import Accelerator as Accelerator
 from .processes import Processes as Processes
 from .processes import create_accelerator as create_accelerator
 from .processes import explain_exhaustion as explain_exhaustion

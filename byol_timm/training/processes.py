@@ -15,7 +15,8 @@ from typing import Any, TypeVar, cast
 import psutil
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate import Accelerator as Accelerator
+from accelerate import DistributedDataParallelKwargs
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from safetensors import SafetensorError
