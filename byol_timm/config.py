@@ -20,8 +20,30 @@ REPLACED = {
 }
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ImagesConfig:
+    """The images of a run or an evaluation."""
+
+    dataset: str = "digits"
+    """`digits`; an image folder; a .parquet or .arrow file or a folder of them; a Hugging Face dataset id."""
+    dataset_config: str | None = None
+    """Configuration of a Hugging Face dataset."""
+    split: str | None = None
+    """Split to train on (default: train)."""
+    image_column: str | None = None
+    """Column of the images (default: the only image column)."""
+    label_column: str | None = None
+    """Column of the labels, which pretraining uses only to report accuracy (default: the only class label column)."""
+    value_range: tuple[float, float] | None = None
+    """Pixel values that become black and white, for images of more than 8 bits (default: the full 16-bit range)."""
+    workers: int | None = None
+    """Data-loading workers (default: one per core, at most 8)."""
+    debug: bool = False
+    """Show the traceback of an error."""
+
+
 @dataclasses.dataclass(frozen=True)
-class PretrainConfig:
+class PretrainConfig(ImagesConfig):
     """Pretrain a timm backbone with BYOL. Without flags: resnet18 on scikit-learn's digits, a few minutes on a CPU.
 
     --config takes a preset by name (--config alone lists them) or a YAML file; flags override it. Defaults of None
@@ -44,22 +66,8 @@ class PretrainConfig:
     in_chans: int = 3
     """Image channels that the encoder gets: 1 grey, 3 RGB, 4 RGBA, or as many as the files have."""
 
-    dataset: str = "digits"
-    """`digits`; an image folder; a .parquet or .arrow file or a folder of them; a Hugging Face dataset id."""
-    dataset_config: str | None = None
-    """Configuration of a Hugging Face dataset."""
-    split: str | None = None
-    """Split to train on (default: train)."""
-    image_column: str | None = None
-    """Column of the images (default: the only image column)."""
-    label_column: str | None = None
-    """Column of the labels, used only to report accuracy (default: the only class label column)."""
-    value_range: tuple[float, float] | None = None
-    """Pixel values that become black and white, for images of more than 8 bits (default: the full 16-bit range)."""
     image_share: float = 1.0
     """Fraction of the training images to train on, drawn by the seed; smaller fractions are part of larger ones."""
-    workers: int | None = None
-    """Data-loading workers (default: one per core, at most 8)."""
     cache: Literal["ram", "disk", "none"] | None = None
     """Decode each image once, for all processes of a host (default: ram if all have one size and take up to 2 GB)."""
     cache_dir: str | None = None
@@ -157,8 +165,6 @@ class PretrainConfig:
     """License of the weights as the Hub spells it, such as cc-by-4.0; the training images may restrict it."""
     dry_run: bool = False
     """Print what the run would do, save example views in OUTPUT_DIR-dry_run, and stop."""
-    debug: bool = False
-    """Show the traceback of an error."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -185,7 +191,7 @@ class Settings(PretrainConfig):
 
 
 @dataclasses.dataclass(frozen=True)
-class EvaluationConfig:
+class EvaluationConfig(ImagesConfig):
     """The encoder and the images of an evaluation."""
 
     encoder: str = "local-dir:runs/resnet18-digits/encoder"
@@ -197,29 +203,12 @@ class EvaluationConfig:
     in_chans: int | None = None
     """Image channels (default: as in training)."""
 
-    dataset: str = "digits"
-    """`digits`; an image folder; a .parquet or .arrow file or a folder of them; a Hugging Face dataset id."""
-    dataset_config: str | None = None
-    """Configuration of a Hugging Face dataset."""
-    split: str | None = None
-    """Split that classifiers learn from (default: train)."""
-    image_column: str | None = None
-    """Column of the images (default: the only image column)."""
-    label_column: str | None = None
-    """Column of the labels (default: the only class label column)."""
-    value_range: tuple[float, float] | None = None
-    """Pixel values that become black and white, for images of more than 8 bits, as in training."""
-    workers: int | None = None
-    """Data-loading workers (default: one per core, at most 8)."""
-
     seed: int = 0
     """Random seed."""
     split_seed: int | None = None
     """Seed of the split into training and held-out images (default: that of the encoder's training, else 0)."""
     output: str | None = None
     """Folder for results.json, confusion.png and labelled.json, the rows whose labels a classifier learned from."""
-    debug: bool = False
-    """Show the traceback of an error."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -248,14 +237,10 @@ class ClassifierConfig(EvaluationConfig):
     For fine-tuning: quick; byol-semi-1 and byol-semi-10: with 1 % and 10 % of the labels of every class."""
 
 
-def data_settings(config: PretrainConfig | EvaluationConfig) -> dict[str, Any]:
+def data_settings(config: ImagesConfig) -> dict[str, Any]:
     """Return the fields that select the images, as `open_dataset` and `open_stream` take them."""
-    names = ("split", "image_column", "label_column", "value_range")
-    return {
-        "dataset": config.dataset,
-        "config": config.dataset_config,
-        **{name: getattr(config, name) for name in names},
-    }
+    names = ("dataset", "split", "image_column", "label_column", "value_range")
+    return {"config": config.dataset_config, **{name: getattr(config, name) for name in names}}
 
 
 def without_orders(config: PretrainConfig) -> dict[str, Any]:

@@ -163,4 +163,4 @@ def highest_value(file: BinaryIO | Array) -> int | None:
 def longer_side(file: BinaryIO | Array) -> int:
     """Return the longer side in pixels of an image or array; raises `BadImage`."""
     with _opened(file) as image:
-        return max(image.shape if isinstance(image, np.ndarray) else image.size)
+        return int(max(image.shape if isinstance(image, np.ndarray) else image.size))

@@ -161,7 +161,8 @@ def fingerprint(images: Identified) -> str:
 
 def spread(n: int, count: int) -> list[int]:
     """Return at most `count` of the indices below `n`, evenly spread."""
-    return np.unique(np.linspace(0, n - 1, min(n, count)).astype(int)).tolist()
+    indices: list[int] = np.unique(np.linspace(0, n - 1, min(n, count)).astype(int)).tolist()
+    return indices
 
 
 def readable(images: Images, count: int, read: Callable[[int], T]) -> Iterator[T]:

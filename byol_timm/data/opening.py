@@ -92,10 +92,11 @@ class _Pixels:
     pixels: Array
 
     def read(self, row: int, channels: int, reduction: Reduction | None, value_range: ValueRange) -> Array:
-        return self.pixels[row][None].repeat(channels, axis=0)
+        image: Array = self.pixels[row][None].repeat(channels, axis=0)
+        return image
 
     def side(self, row: int) -> int:
-        return max(self.pixels.shape[1:])
+        return int(max(self.pixels.shape[1:]))
 
     def highest(self, row: int) -> int | None:
         return None

@@ -320,7 +320,8 @@ def _total(shards: Shards, infos: Mapping[str, Any], split: str, dataset: str, n
 
 def _content(cell: Any) -> bytes | None:
     """Return the encoded image in a cell. A path in it leads out of the shard and is not followed."""
-    return cell["bytes"] if isinstance(cell, dict) else cell
+    content: bytes | None = cell["bytes"] if isinstance(cell, dict) else cell
+    return content
 
 
 def open_content(content: bytes | None) -> io.BytesIO:

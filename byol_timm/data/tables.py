@@ -60,7 +60,8 @@ class Rows(Encoded):
                 cell = self._named_file(cell["path"]) if cell["bytes"] is None and cell["path"] else cell["bytes"]
         if cell is None:
             raise BadImage("the cell is empty")
-        return cell
+        content: bytes | Array = cell
+        return content
 
     def _named_file(self, path: str) -> bytes:
         if not self.follow:

@@ -34,16 +34,9 @@ REHEARSED_STEPS, REHEARSAL_SECONDS = 10, 5
 # The authors' run, and the number of their training images and of batches of 64 in one of 4096.
 PAPER, PAPER_IMAGES, PAPER_FORWARDS = "imagenet_1000", 1_281_167, 64
 # Fields that do not change what is learned, or choose the images.
-NOT_COMPARED = MAY_CHANGE | {*DATA, *AUGMENTATION_FLAGS, "dataset", "num_images", "streaming", "shuffle_buffer", "seed"}
-NOT_COMPARED |= {
-    "split_seed",
-    "compile",
-    "channels_last",
-    "grad_checkpointing",
-    "triton_views",
-    "cuda_graph",
-    "sync_batch_norm",
-}
+NOT_COMPARED = MAY_CHANGE | {*DATA, *AUGMENTATION_FLAGS}
+NOT_COMPARED |= frozenset("dataset num_images streaming shuffle_buffer seed split_seed compile channels_last".split())
+NOT_COMPARED |= frozenset("grad_checkpointing triton_views cuda_graph sync_batch_norm".split())
 
 
 def rehearse(plan: Plan, run: Run) -> nn.Module:

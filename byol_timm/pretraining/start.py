@@ -15,10 +15,8 @@ from .resolve import resolve_backbone_kwargs
 logger = logging.getLogger(__name__)
 
 # Fields that may differ between a run and its continuation; all others decide the weights.
-MAY_CHANGE = ORDERS | frozenset(
-    "batch_size save_every log_every knn_every on_collapse report_to license workers cache cache_dir "
-    "on_bad_image".split()
-)
+MAY_CHANGE = ORDERS | frozenset("batch_size save_every log_every knn_every on_collapse report_to license".split())
+MAY_CHANGE |= frozenset("workers cache cache_dir on_bad_image".split())
 # Fields that decide the shapes of projector and predictor.
 HEADS = ("hidden_dim", "projection_dim", "num_head_layers")
 

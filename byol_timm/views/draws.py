@@ -54,7 +54,8 @@ def _mix(bits: Array) -> Array:
     """The output function of splitmix64 (Steele et al. 2014)."""
     bits = (bits ^ (bits >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     bits = (bits ^ (bits >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return bits ^ (bits >> np.uint64(31))
+    mixed: Array = bits ^ (bits >> np.uint64(31))
+    return mixed
 
 
 @cache
