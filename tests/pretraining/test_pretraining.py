@@ -468,7 +468,7 @@ def test_what_is_damaged_in_a_finished_encoder_is_named(run, tmp_path, name):
     damaged.unlink()
     if name == "README.md":
         damaged.write_bytes(b"My w\xf6rds.")
-    with pytest.raises(ByolTimmError, match=r"is not UTF-8 text|is no encoder folder\. Move it away") as caught:
+    with pytest.raises(ByolTimmError, match=r"is not UTF-8 text|is not an encoder folder\. Move it") as caught:
         pretrain(quick(folder, resume=True))
     assert str(folder / "encoder") in str(caught.value) and "\n" not in str(caught.value)
 
