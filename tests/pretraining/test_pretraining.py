@@ -275,7 +275,7 @@ def test_images_without_labels_train_and_say_so(tmp_path, caplog):
     folder = digits_folder(tmp_path / "images", 40, labelled=False)
     caplog.set_level("INFO")
     pretrain(quick(tmp_path / "run", dataset=str(folder), batch_size=8, in_chans=1))
-    assert "no labels" in caplog.text
+    assert "No labels" in caplog.text
     for line in (
         r"device +.+, 1 process, float32",
         r"images +40 of \S+/images, unlabelled: no evaluation",
