@@ -1,4 +1,4 @@
-"""The one error that byol_timm raises for faults its user can mend, and the text of others in one line."""
+"""The one error that byol_timm raises for faults its user can fix, how it is printed, and text without secrets."""
 
 import difflib
 import hashlib

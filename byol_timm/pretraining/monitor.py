@@ -11,7 +11,7 @@ from ..data import Batch, Splits
 from ..encoders import encoder_width, has_batch_norm
 from ..errors import ByolTimmError
 from ..evaluation import Examples, LinearProbe
-from ..training import FIGURES, Checkpoint, CollapseAlarm, MetricsLog, effective_rank, read_metrics
+from ..training import METRICS, Checkpoint, CollapseAlarm, MetricsLog, effective_rank, read_metrics
 from .launch import Run
 from .learner import Learner
 from .plan import Plan
@@ -41,9 +41,9 @@ class Monitor:
         # Sums of the metrics since the last line, then the number of steps. Apple's GPUs have no float64.
         precision = torch.float32 if accelerator.device.type == "mps" else torch.float64
         sums = state.get("since_log", [])
-        if len(sums) != len(FIGURES) + 1:
+        if len(sums) != len(METRICS) + 1:
             # A checkpoint without the number of steps.
-            sums = [0.0] * (len(FIGURES) + 1)
+            sums = [0.0] * (len(METRICS) + 1)
         self._sums = torch.tensor(sums, dtype=precision, device=accelerator.device)
         self.log: MetricsLog | None = None
         self.held_out: Examples | None = None
@@ -84,7 +84,7 @@ class Monitor:
             ordinals = torch.cat([batch.ordinals for batch in batches])
             self.probe.learn(metrics["representation"], ordinals, bad)
         reduce = self.run.accelerator.reduce
-        this_step = torch.stack([metrics[name].to(self._sums.dtype) for name in FIGURES])
+        this_step = torch.stack([metrics[name].to(self._sums.dtype) for name in METRICS])
         self._sums += torch.cat([reduce(this_step, "mean"), this_step.new_ones(1)])
         if step % self.plan.settings.log_every == 0 or step == self.plan.schedule.total_steps:
             self._log_means(step, reduce(effective_rank(metrics["representation"]), "mean").item())
@@ -95,7 +95,7 @@ class Monitor:
         schedule, last = self.plan.schedule, step - 1
         row = {"step": step, "epoch": schedule.epoch(step)}
         row |= {"lr": schedule.lr(last), "target_decay": schedule.target_decay(last)}
-        row |= dict(zip(FIGURES, (self._sums[:-1] / self._sums[-1]).tolist(), strict=True))
+        row |= dict(zip(METRICS, (self._sums[:-1] / self._sums[-1]).tolist(), strict=True))
         row["effective_rank"] = rank
         self._sums.zero_()
         if self.log is not None:

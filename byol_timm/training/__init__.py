@@ -28,7 +28,7 @@ from .processes import explain_exhaustion as explain_exhaustion
 from .processes import prepare as prepare
 from .schedule import Schedule as Schedule
 from .schedule import learning_rate as learning_rate
-from .step import FIGURES as FIGURES
+from .step import METRICS as METRICS
 from .step import DeviceViews as DeviceViews
 from .step import LateCheck as LateCheck
 from .step import enable_grad_checkpointing as enable_grad_checkpointing

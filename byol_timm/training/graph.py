@@ -12,13 +12,13 @@ from torch import Tensor, nn
 
 from ..errors import ByolTimmError, one_line
 from .optim import LARS
-from .step import FIGURES, train_step
+from .step import METRICS, train_step
 
 logger = logging.getLogger(__name__)
 
 # Ordinary steps before the capture: libraries choose their kernels and optimizers make their state in the first ones.
 WARM_UP_STEPS = 3
-SCALARS = (*FIGURES, "grad_norm")
+SCALARS = (*METRICS, "grad_norm")
 
 
 class GraphedStep:
@@ -80,15 +80,15 @@ class GraphedStep:
         before, current, stream = torch.cuda.get_rng_state(), torch.cuda.current_stream(), self.stream
         stream.wait_stream(current)
         with torch.cuda.stream(stream):
-            figures = self._step(view1, view2)
+            metrics = self._step(view1, view2)
         current.wait_stream(stream)
         for tensor in (view1, view2):
             tensor.record_stream(stream)
-        for tensor in figures.values():
+        for tensor in metrics.values():
             tensor.record_stream(current)
         if not torch.equal(before, torch.cuda.get_rng_state()):
             self._disable("something in the encoder is random (dropout or drop path)")
-        return figures
+        return metrics
 
     def _step(self, view1: Tensor, view2: Tensor, *, capturing: bool = False) -> dict[str, Tensor]:
         pairs = [(view1, view2)]
@@ -96,20 +96,20 @@ class GraphedStep:
             return train_step(self.accelerator, self.model, self.optimizer, pairs, target_decay=self.target_decay)
 
     def _capture(self, view1: Tensor, view2: Tensor) -> None:
-        # Gradients must be made anew by the capture, in the memory of the graph.
+        # The capture must create the gradients, in the memory of the graph.
         self.optimizer.optimizer.zero_grad(set_to_none=True)
         graph = torch.cuda.CUDAGraph()
         views = view1, view2
         try:
             # Threads that load and save may use the device meanwhile.
             with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
-                figures = self._step(*views, capturing=True)
-                scalars = torch.stack([figures[name].float() for name in SCALARS])
+                metrics = self._step(*views, capturing=True)
+                scalars = torch.stack([metrics[name].float() for name in SCALARS])
         except RuntimeError as error:
             self.optimizer.optimizer.zero_grad(set_to_none=True)
             self._disable(one_line(error)[:200])
             return
-        self.graph, self.views, self.outputs = graph, views, (scalars, figures["representation"])
+        self.graph, self.views, self.outputs = graph, views, (scalars, metrics["representation"])
 
     def _disable(self, reason: str) -> None:
         self.enabled = False

@@ -44,8 +44,8 @@ def statistics_held(encoder: nn.Module) -> Iterator[None]:
 
 
 MAX_SKIPPED_STEPS = 20
-# Figures of a step that are averaged over processes and over the steps between two lines of metrics.
-FIGURES = ("loss", *HEALTH)
+# Metrics of a step that are averaged over processes, and over the steps between two rows of metrics.jsonl.
+METRICS = ("loss", *HEALTH)
 
 
 def train_step(
@@ -57,7 +57,7 @@ def train_step(
     target_decay: float | Tensor,
     recomputes: bool = False,
 ) -> dict[str, Tensor]:
-    """One step of BYOL: forward and backward for every micro-batch, optimizer, target network; the figures of it.
+    """Take one step of BYOL and return its metrics: gradients of every micro-batch, optimizer, target network.
 
     model: a `BYOL`, prepared by the accelerator as the optimizer is. pairs: the views of each of the launch's
     `gradient_accumulation_steps` micro-batches. recomputes: whether the encoder's backward pass recomputes activations.
@@ -78,14 +78,14 @@ def train_step(
             target1, target2 = byol.target_projections(view1, view2)
         for view, target, last in ((view1, target2, False), (view2, target1, number == accumulation)):
             with contextlib.nullcontext() if last else accelerator.no_sync(model):
-                figures = model(view, target=target)
+                metrics = model(view, target=target)
                 with statistics_held(byol.encoder) if recomputes else contextlib.nullcontext():
-                    accelerator.backward(figures["loss"])
+                    accelerator.backward(metrics["loss"])
             if view is view1:
-                representations.append(figures["representation"])
-            for name in FIGURES:
+                representations.append(metrics["representation"])
+            for name in METRICS:
                 share = accumulation if name == "loss" else 2 * accumulation
-                totals[name] = totals.get(name, 0) + figures[name].detach() / share
+                totals[name] = totals.get(name, 0) + metrics[name].detach() / share
     if accelerator.scaler is not None:
         accelerator.unscale_gradients(optimizer)
     norm = nn.utils.get_total_norm([p.grad for p in byol.parameters() if p.grad is not None])
@@ -93,10 +93,10 @@ def train_step(
         optimizer.step()
         if not accelerator.optimizer_step_was_skipped:
             byol.update_target(target_decay)
-    # Gradients of several processes lie in the buckets that travel. Let go of, they would be made anew beside them.
+    # With several processes, gradients share memory with the buckets that are sent, and must keep it.
     optimizer.zero_grad(set_to_none=accelerator.num_processes == 1)
     if accelerator.num_processes > 1 and accelerator.device.type != "cuda":
-        # Where there is no SyncBatchNorm: every process must export and resume the same statistics.
+        # Without SyncBatchNorm, the processes would export and resume different statistics.
         average_batch_statistics(byol)
     return {**totals, "grad_norm": norm, "representation": torch.cat(representations)}
 
