@@ -71,10 +71,8 @@ def read_config(config_class: type[Config], path: Path, *, ignore: Collection[st
     values = {str(key): value for key, value in (values or {}).items() if key not in ignore}
     hints = typing.get_type_hints(config_class)
     for key in values:
-        if key in REPLACED and values[key] not in (None, 2.0):
+        if key in REPLACED:
             raise ByolTimmError(f"{key} in {path} was removed. {REPLACED[key]}")
-    values = {key: value for key, value in values.items() if key not in REPLACED}
-    for key in values:
         if key not in hints:
             raise ByolTimmError(f"unknown key {key!r} in {path}. {nearest(key, list(hints))}")
     if orders := [key for key in values if key in ORDERS]:

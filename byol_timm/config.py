@@ -17,6 +17,7 @@ REPLACED = {
     "memory_limit": "Use --cache ram or --cache none",
     "decoded_cache": "Use --cache disk --cache_dir FOLDER",
     "decoded_side": "Shrink the image files themselves",
+    "push_training_state": "Only the encoder can be pushed",
 }
 
 

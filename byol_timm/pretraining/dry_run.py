@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import functools
 import logging
 import resource
 import statistics
@@ -54,11 +55,16 @@ def rehearse(plan: Plan, run: Run) -> nn.Module:
 
 def compared(settings: Settings, global_batch: int) -> dict[str, tuple[Any, Any]]:
     """Return the value of each setting that changes what is learned, here and in the authors' preset."""
+    paper = _paper()
+    return {name: (value, paper[name]) for name, value in _values(settings, global_batch).items()}
+
+
+@functools.cache
+def _paper() -> dict[str, Any]:
     config = resolve_images(read_config(PretrainConfig, presets()[PAPER]), 224)
     encoder = fit_backbone(config.backbone, image_size=config.image_size, in_chans=config.in_chans).encoder
-    paper = resolve_training(config, encoder, PAPER_IMAGES, PAPER_FORWARDS)
-    here, there = _values(settings, global_batch), _values(paper, paper.batch_size * PAPER_FORWARDS)
-    return {name: (here[name], there[name]) for name in here}
+    settings = resolve_training(config, encoder, PAPER_IMAGES, PAPER_FORWARDS)
+    return _values(settings, settings.batch_size * PAPER_FORWARDS)
 
 
 def _values(settings: Settings, global_batch: int) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..byol import HEALTH
 from ..cli import read_config
-from ..config import ORDERS, PretrainConfig
+from ..config import ORDERS, REPLACED, PretrainConfig
 from ..data import BadImage
 from ..encoders import create_encoder, normalization, save_encoder
 from ..errors import redact
@@ -24,9 +24,6 @@ from .resolve import open_splits
 from .summary import closing
 
 logger = logging.getLogger(__name__)
-
-# Keys of the config.yaml of earlier versions that no longer exist.
-REMOVED = frozenset({"push_training_state"})
 
 
 def write_results(
@@ -97,7 +94,7 @@ def redraw(folder: str | Path, *, method: Literal["pca", "tsne"] = "tsne") -> No
     Raises `ByolTimmError` for a folder without config.yaml or encoder, and for images that no longer exist.
     """
     folder = Path(folder)
-    config = read_config(PretrainConfig, folder / "config.yaml", ignore=ORDERS | REMOVED)
+    config = read_config(PretrainConfig, folder / "config.yaml", ignore={*ORDERS, *REPLACED})
     layout = torch.channels_last if config.channels_last else torch.contiguous_format
     encoder = create_encoder(f"local-dir:{folder}/encoder").to(memory_format=layout)
     mean, std = normalization(encoder, config.in_chans)
