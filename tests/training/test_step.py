@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from byol_timm import BYOL
-from byol_timm.training import MAX_SKIPPED_STEPS, effective_rank, recovers, train_step
+from byol_timm.training import effective_rank, recovers, train_step
 
 
 @pytest.fixture(autouse=True)
@@ -123,7 +123,7 @@ def test_the_target_is_in_no_optimizer_and_gets_no_gradient():
 def test_float16_goes_on_while_a_smaller_scale_of_the_loss_can_help():
     accelerator = Accelerator(cpu=True)
     good, overflown = torch.tensor(2.0), torch.tensor(torch.inf)
-    answers = [recovers(accelerator, good, skipped) for skipped in (0, 1, MAX_SKIPPED_STEPS, MAX_SKIPPED_STEPS + 1)]
+    answers = [recovers(accelerator, good, skipped) for skipped in (0, 1, 20, 21)]
     assert answers == [False, True, True, False]
     assert not recovers(accelerator, overflown, 1)
 
