@@ -543,9 +543,14 @@ def test_nothing_about_single_images_and_no_local_path_leaves_the_machine(hub, r
     assert "on photos" in files["README.md"].decode()
 
 
-def test_the_encoder_carries_the_seed_that_drew_its_held_out_images(hub, run):
+def test_the_encoder_carries_the_seed_that_drew_its_held_out_images(hub, client, run):
     for record in (hub.files("tester/continued")["byol.json"], (run / "encoder" / "byol.json").read_bytes()):
         assert json.loads(record)["config"]["split_seed"] == 7
+    code = """
+    from byol_timm.encoders import fetch_encoder, read_record
+    result = read_record(fetch_encoder("hf-hub:tester/continued"))["config"]["split_seed"]
+    """
+    assert client.run(code) == 7
 
 
 def test_a_run_with_a_token_leaves_it_nowhere_and_its_encoder_starts_another_run(hub, client, run, tmp_path):
