@@ -30,15 +30,15 @@ class ImagesConfig:
     dataset_config: str | None = None
     """Configuration of a Hugging Face dataset."""
     split: str | None = None
-    """Split to train on (default: train)."""
+    """Split to train on; None: train."""
     image_column: str | None = None
-    """Column of the images (default: the only image column)."""
+    """Column of the images; None: the only image column."""
     label_column: str | None = None
-    """Column of the labels, which pretraining uses only to report accuracy (default: the only class label column)."""
+    """Column of the labels, which pretraining uses only to report accuracy; None: the only class label column."""
     value_range: tuple[float, float] | None = None
-    """Pixel values that become black and white, for images of more than 8 bits (default: the full 16-bit range)."""
+    """Pixel values that become black and white, for images of more than 8 bits; None: the full 16-bit range."""
     workers: int | None = None
-    """Data-loading workers (default: one per core, at most 8)."""
+    """Data-loading workers; None: one per core, at most 8."""
     debug: bool = False
     """Show the traceback of an error."""
 
@@ -63,20 +63,20 @@ class PretrainConfig(ImagesConfig):
     training_state: str | None = None
     """Start all networks from a checkpoint: RUN/checkpoints/step-N."""
     image_size: int | None = None
-    """Training image size in pixels (default: 32 for digits, the images' own size up to 64, else 224)."""
+    """Training image size in pixels; None: 32 for digits, the images' own size up to 64, else 224."""
     in_chans: int = 3
     """Image channels that the encoder gets: 1 grey, 3 RGB, 4 RGBA, or as many as the files have."""
 
     image_share: float = 1.0
     """Fraction of the training images to train on, drawn by the seed; smaller fractions are part of larger ones."""
     cache: Literal["ram", "disk", "none"] | None = None
-    """Decode each image once, for all processes of a host (default: ram if all have one size and take up to 2 GB)."""
+    """Decode each image once, for all processes of a host; None: ram if all have one size and take up to 2 GB."""
     cache_dir: str | None = None
     """With --cache disk: folder on a fast disk for the decoded images; later runs find them there."""
     streaming: bool = False
     """Read parquet, arrow or tar (webdataset) shards in sequence, local or on the Hub, without a copy on disk."""
     shuffle_buffer: int | None = None
-    """With --streaming: number of encoded images held in memory to shuffle them (default: 10,000)."""
+    """With --streaming: number of encoded images held in memory to shuffle them; None: 10,000."""
     num_images: int | None = None
     """With --streaming: number of images of the split, if its files do not say."""
     fast_jpeg: bool = False
@@ -102,11 +102,11 @@ class PretrainConfig(ImagesConfig):
     """Probability of solarization for view 1 and view 2."""
 
     epochs: int | None = None
-    """Passes over the training images (default: 100)."""
+    """Passes over the training images; None: 100."""
     batch_size: int | None = None
     """Images per process and forward pass; the global batch is this times processes times accumulation."""
     opt: str | None = None
-    """lars, adamw, sgd, or any timm optimizer (default: lars for backbones with BatchNorm, else adamw)."""
+    """lars, adamw, sgd, or any timm optimizer; None: lars for backbones with BatchNorm, else adamw."""
     lr: float | None = None
     """Base learning rate per 256 images of the global batch; required for optimizers other than lars, adamw, sgd."""
     weight_decay: float | None = None
@@ -116,38 +116,38 @@ class PretrainConfig(ImagesConfig):
     warmup_epochs: float | None = None
     """Epochs of linear learning rate warm-up."""
     hidden_dim: int | None = None
-    """Hidden width of projector and predictor (default: 4096, as in the paper)."""
+    """Hidden width of projector and predictor; None: 4096, as in the paper."""
     projection_dim: int = 256
     """Output width of projector and predictor."""
     num_head_layers: int | None = None
-    """Layers of the projector, 2 or 3 (default: 3 for transformers, else 2 as in the paper)."""
+    """Layers of the projector, 2 or 3; None: 3 for transformers, else 2 as in the paper."""
     freeze: tuple[str, ...] | None = None
-    """Modules to freeze, or `stem`; their BatchNorm statistics are frozen too (default: patch embedding of ViTs)."""
+    """Modules to freeze, or `stem`; their BatchNorm statistics are frozen too; None: patch embedding of ViTs."""
     grad_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, slower."""
     compile: bool = False
     """Compile the networks with torch.compile."""
     channels_last: bool | None = None
-    """channels_last memory format (default: for convolutional encoders)."""
+    """Use the channels_last memory format; None: for convolutional encoders."""
     triton_views: bool = False
     """Compute the views with Triton kernels: faster on a CUDA GPU, for images with 1 or 3 channels."""
     cuda_graph: bool = False
     """Run the whole training step as one CUDA graph: faster for small networks on one GPU."""
     sync_batch_norm: bool = False
-    """Use byol_timm's synchronised BatchNorm, on CPU processes too (default: torch's, on GPUs only)."""
+    """Use byol_timm's synchronised BatchNorm, also on CPU processes, instead of torch's, which needs GPUs."""
     seed: int = 0
     """Random seed; fixes weights, data order and augmentation."""
     split_seed: int = 0
     """Seed of the split into training and held-out images, where the dataset has no labelled test split."""
 
     output_dir: str | None = None
-    """Run folder (default: runs/BACKBONE-DATASET)."""
+    """Run folder; None: runs/BACKBONE-DATASET."""
     save_every: int | None = None
-    """Steps between checkpoints (default: a tenth of the run, at most 2,000)."""
+    """Steps between checkpoints; None: a tenth of the run, at most 2,000."""
     log_every: int | None = None
-    """Steps between lines of metrics (default: a fiftieth of the run, at most 100)."""
+    """Steps between lines of metrics; None: a fiftieth of the run, at most 100."""
     knn_every: int | None = None
-    """Epochs between kNN evaluations, if there are labels (default: at most ten in a run)."""
+    """Epochs between kNN evaluations, if there are labels; None: at most ten in a run."""
     resume: bool = False
     """Resume the run in output_dir from its newest good checkpoint."""
     overwrite: bool = False
@@ -200,14 +200,14 @@ class EvaluationConfig(ImagesConfig):
     pretrained: bool = False
     """Use the pretrained weights of a timm name."""
     image_size: int | None = None
-    """Image size in pixels (default: as in training)."""
+    """Image size in pixels; None: as in training."""
     in_chans: int | None = None
-    """Image channels (default: as in training)."""
+    """Image channels; None: as in training."""
 
     seed: int = 0
     """Random seed."""
     split_seed: int | None = None
-    """Seed of the split into training and held-out images (default: that of the encoder's training, else 0)."""
+    """Seed of the split into training and held-out images; None: that of the encoder's training, else 0."""
     output: str | None = None
     """Folder for results.json, confusion.png and labelled.json, the rows whose labels a classifier learned from."""
 

@@ -62,11 +62,11 @@ class BenchmarkConfig:
     augmentation: Literal["paper", "torchvision", "small", "digits"] = "paper"
     """Named set of augmentations; other packages use the paper's."""
     source: tuple[int, int] | None = None
-    """Height and width of the decoded images for `augmentation` (default: the views' up to 96 px, else 375 500)."""
+    """Height and width of the decoded images for `augmentation`; None: the views' up to 96 px, else 375 500."""
     dataset: str | None = None
-    """Images for `loop`, as for pretrain.py (default: JPEG files of 500x375 photographs)."""
+    """Images for `loop`, as for pretrain.py; None: JPEG files of 500x375 photographs."""
     workers: int | None = None
-    """Data-loading workers (default: one per core, at most 8)."""
+    """Data-loading workers; None: one per core, at most 8."""
     cache: Literal["ram", "disk", "none"] | None = None
     """Where `loop` keeps decoded images, as for pretrain.py."""
     cache_dir: str | None = None
@@ -78,7 +78,7 @@ class BenchmarkConfig:
     clock: Literal["wall", "cpu"] = "wall"
     """Count elapsed time, or the CPU time of this process on all its threads, without its workers."""
     threads: int | None = None
-    """Threads of torch (default: torch's own choice)."""
+    """Threads of torch; None: torch's own choice."""
     output: str | None = None
     """File for the results, .json."""
     debug: bool = False

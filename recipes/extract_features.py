@@ -44,7 +44,7 @@ class Extraction(EvaluationConfig):
     """Write the features of all images of a data set to files."""
 
     split: str | None = None
-    """Split whose images are read, all of them (default: train)."""
+    """Split whose images are read, all of them; None: train."""
     output: str = "features"
     """Folder for the files."""
     form: Form = "parquet"

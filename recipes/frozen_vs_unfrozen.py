@@ -73,7 +73,7 @@ class FrozenVsUnfrozen(PretrainConfig):
     """
 
     backbone: str | None = None
-    """A timm name (default: resnet18, test_resnet with --quick)."""
+    """A timm name; None: resnet18, test_resnet with --quick."""
     backbone_kwargs: tuple[str, ...] | None = None
     """Arguments of the timm model as key=value, or `auto` to keep spatial structure in small images."""
     label_shares: tuple[float, ...] | None = None
@@ -83,11 +83,11 @@ class FrozenVsUnfrozen(PretrainConfig):
     seeds: tuple[int, ...] | None = None
     """Seeds, one repetition each."""
     finetune_epochs: int | None = None
-    """Epochs of fine-tuning (default: 20)."""
+    """Epochs of fine-tuning; None: 20."""
     finetune_lrs: tuple[float, ...] | None = None
-    """Learning rates of fine-tuning, chosen from on held-out training images (default: 0.01, 0.03, 0.1)."""
+    """Learning rates of fine-tuning, chosen from on held-out training images; None: 0.01, 0.03, 0.1."""
     finetune_steps: int | None = None
-    """Minimum steps of fine-tuning, however few the labels (default: 200)."""
+    """Minimum steps of fine-tuning, however few the labels; None: 200."""
     quick: bool = False
     """Finish in minutes on a CPU: a small network, fewer shares and seeds, short trainings, unless set."""
 

@@ -89,7 +89,7 @@ class Journal:
 
     def save(self, step: int) -> None:
         """Write a checkpoint in the background."""
-        bad = self._bad_images()
+        self._note_bad_images()
         if not self.run.processes.is_main:
             return
         state = {
@@ -101,13 +101,11 @@ class Journal:
         }
         if self.run.accelerator.scaler is not None:
             state["scaler"] = self.run.accelerator.scaler.state_dict()
-        if bad:
-            write_whole(self.run.folder / BAD_IMAGES, "".join(f"{reason}\n" for reason in bad).encode())
         self._writer.save(step, {**self.learner.tensors(), **self.monitor.tensors()}, state)
 
     def finish(self) -> nn.Module:
         """Write the encoder, the results and the pictures; push the encoder if asked; return it in eval mode."""
-        bad, settings, folder = self._bad_images(), self.plan.settings, self.run.folder
+        bad, settings, folder = self._note_bad_images(), self.plan.settings, self.run.folder
         if bad:
             logger.warning(
                 "%d images could not be read and were replaced. The first: %s. All are in %s",
@@ -137,10 +135,13 @@ class Journal:
         self.run.processes.wait()
         return self.learner.encoder.eval()
 
-    def _bad_images(self) -> list[str]:
-        """Return why images could not be read, of all processes and of the run before it was resumed."""
+    def _note_bad_images(self) -> list[str]:
+        """Return and write why images could not be read, in all processes and before the run was resumed."""
         reasons = [self._bad_before, *self.run.processes.gather(list(self.reader.bad.values()))]
-        return list(dict.fromkeys(itertools.chain.from_iterable(reasons)))
+        bad = list(dict.fromkeys(itertools.chain.from_iterable(reasons)))
+        if bad and self.run.processes.is_main:
+            write_whole(self.run.folder / BAD_IMAGES, "".join(f"{reason}\n" for reason in bad).encode())
+        return bad
 
     def _read_bad_images(self) -> list[str]:
         path = self.run.folder / BAD_IMAGES
