@@ -38,7 +38,8 @@ def evaluate(
     dataset: what --dataset takes, or images of `open_dataset`; a tenth of them is held out if they are not split.
     method: nearest neighbours, a linear classifier on the frozen encoder, or one trained with a copy of the encoder.
     options: fields of `KnnConfig` for knn, else of `ClassifierConfig`, such as k, protocol, image_size, workers, seed.
-        With `output`, a folder, the results are also saved.
+        With `output`, a folder, the results are also saved. A saved encoder knows the `split_seed` of its training; of
+        others, give it if it was not 0, since the split decides which images were held out.
 
     The result has the metrics of `classification_metrics`, and what was evaluated and how.
     """
