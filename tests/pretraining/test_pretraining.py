@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import timm
@@ -213,6 +214,20 @@ def test_an_optimizer_that_reduces_over_its_state_resumes_to_the_same_bits(tmp_p
         shutil.rmtree(tmp_path / "run" / path)
     pretrain(quick(tmp_path / "run", **changes, resume=True))
     assert weights(tmp_path / "run") == wanted
+
+
+def test_a_failed_command_costs_no_earlier_run_and_leaves_no_folder(run, tmp_path):
+    again = Path(shutil.copytree(run[0], tmp_path / "run"))
+    with pytest.raises(ByolTimmError, match="no/such/folder"):
+        pretrain(quick(again, overwrite=True, dataset="no/such/folder"))
+    assert weights(again) == weights(run[0])
+    with pytest.raises(ByolTimmError, match="no/such/folder"):
+        pretrain(quick(tmp_path / "new", dataset="no/such/folder"))
+    assert not (tmp_path / "new").exists()
+
+    pretrain(quick(again, overwrite=True, seed=1))
+    assert weights(again) != weights(run[0])
+    assert not [entry for entry in again.iterdir() if entry.name.startswith(".earlier")]
 
 
 def test_figures_are_means_over_the_steps_since_the_last_line_whatever_the_interval_was(run, tmp_path):
