@@ -137,7 +137,7 @@ def test_an_output_that_cannot_be_written_is_told_before_the_work(recipe, tmp_pa
         ("pretrain.py --opt LARS --backbone test_resnet", "unknown optimizer 'LARS'. Did you mean lars?"),
         ("pretrain.py --opt lbfgs --backbone test_resnet", "unknown optimizer 'lbfgs'. Did you mean lars?"),
         ("pretrain.py --opt adahessian --backbone test_resnet", "adahessian needs second derivatives"),
-        ("pretrain.py --opt fusedsgd --backbone test_resnet", "optimizer fusedsgd cannot be used ("),
+        ("pretrain.py --opt fusedsgd --lr 0.1 --backbone test_resnet", "optimizer fusedsgd cannot be used ("),
         ("frozen_vs_unfrozen.py --training_state x", "--training_state (x) is for a single run"),
         ("pretrain.py --workers -1", "--workers must be finite and not negative (-1)"),
     ],
