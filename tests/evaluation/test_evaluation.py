@@ -585,16 +585,16 @@ def test_no_test_image_was_trained_on_whatever_the_seed(recorded, used, tmp_path
     encoder = saved_encoder(tmp_path / "encoder", **recorded)
     trained_on = open_dataset("digits", in_chans=1, split_seed=used).train.rows
     for seed in (0, 1):
-        _, splits, _ = open_evaluation(EvaluationConfig(encoder, seed=seed))
+        _, splits, _ = open_evaluation(EvaluationConfig(encoder=encoder, seed=seed))
         assert np.intersect1d(splits.test.rows, trained_on).size == 0
 
 
 def test_another_split_than_that_of_the_training_is_a_warning(tmp_path, caplog):
     encoder = saved_encoder(tmp_path / "encoder", split_seed=5)
     for split_seed in (None, 5):
-        open_evaluation(EvaluationConfig(encoder, split_seed=split_seed))
+        open_evaluation(EvaluationConfig(encoder=encoder, split_seed=split_seed))
     assert caplog.messages == []
-    _, splits, _ = open_evaluation(EvaluationConfig(encoder, split_seed=1))
+    _, splits, _ = open_evaluation(EvaluationConfig(encoder=encoder, split_seed=1))
     assert np.array_equal(splits.test.rows, open_dataset("digits", split_seed=1).test.rows)
     [message] = caplog.messages
     assert "was trained with split_seed 5" in message and "\n" not in message

@@ -126,7 +126,7 @@ def test_the_online_encoder_is_shipped_and_its_target_has_followed(run):
 
 def test_the_last_accuracy_is_that_of_the_shipped_encoder_and_not_of_its_target(run):
     folder, _ = run
-    encoder, splits, preparation = open_evaluation(EvaluationConfig(f"local-dir:{folder}/encoder", workers=0))
+    encoder, splits, preparation = open_evaluation(EvaluationConfig(encoder=f"local-dir:{folder}/encoder", workers=0))
     state = load_latest(folder / "checkpoints").tensors["byol"]
     target = copy.deepcopy(encoder)
     target.load_state_dict({name: state[f"target_encoder.{name}"] for name in target.state_dict()})
