@@ -1,18 +1,11 @@
-import runpy
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import timm
+from command_line import exit_code_of, type_recipe
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 TARGETS = {"32 px": 1330, "64 px": 1339, "96 px": 1344, "own size": 1370}
-
-
-def backbones(*arguments):
-    command = [sys.executable, str(RECIPES / "backbones.py"), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300)
 
 
 def rows(text):
@@ -40,18 +33,16 @@ def test_nearly_every_backbone_trains_on_small_images(committed, images):
     assert f"{count:,} at {images.replace('own', 'their own')}" in committed
 
 
-def test_the_command_writes_the_rows_of_the_committed_table(committed):
-    result = backbones("--filter", "test_*net", "test_vit", "crossvit_9_240", "mobilenetv5_300m_enc")
-    assert result.returncode == 0, result.stderr
-    fresh = rows(result.stdout)
+def test_the_command_writes_the_rows_of_the_committed_table(committed, capsys):
+    type_recipe("backbones.py", "--filter", "test_*net", "test_vit", "crossvit_9_240", "mobilenetv5_300m_enc")
+    fresh = rows(capsys.readouterr().out)
     assert len(fresh) == 8
     assert fresh == {name: rows(committed)[name] for name in fresh}
 
 
 def test_sizes_channels_and_csv_are_choices(tmp_path):
     path = tmp_path / "table.csv"
-    result = backbones("--filter", "test_vit", "--sizes", "48", "--in_chans", "1", "--output", str(path))
-    assert result.returncode == 0, result.stderr
+    type_recipe("backbones.py", "--filter", "test_vit", "--sizes", "48", "--in_chans", "1", "--output", str(path))
     header, row = path.read_text().splitlines()
     assert header == "backbone,width,parameters,48 px,own size,set,auto"
     assert row == "test_vit,64,0.3 M,3x3,160x160: 10x10,img_size=SIZE,"
@@ -65,10 +56,8 @@ def test_sizes_channels_and_csv_are_choices(tmp_path):
         (("--size", "32"), "unknown flag --size. Did you mean sizes?"),
     ],
 )
-def test_a_fault_of_the_command_is_one_line(arguments, reason, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["backbones.py", *arguments])
-    with pytest.raises(SystemExit) as stop:
-        runpy.run_path(str(RECIPES / "backbones.py"), run_name="__main__")
+def test_a_fault_of_the_command_is_one_line(arguments, reason, capsys):
+    assert exit_code_of("backbones.py", *arguments) == 2
     error = capsys.readouterr().err
-    assert stop.value.code == 2 and error.count("\n") == 1
+    assert error.count("\n") == 1
     assert reason in error

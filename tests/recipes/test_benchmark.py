@@ -5,7 +5,8 @@ import sys
 
 import pytest
 import torch
-from benchmark import BenchmarkConfig, Part, interleaved, main, photographs
+from benchmark import BenchmarkConfig, main
+from benchmark_parts import Part, interleaved, photographs
 from benchmark_peers import MODULES, STEPS, check_peers
 
 from byol_timm.encoders import create_encoder, encoder_width

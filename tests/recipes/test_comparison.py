@@ -8,7 +8,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from frozen_vs_unfrozen import Comparison, Origin, cells, compare, find_encoder
+from frozen_vs_unfrozen_cells import Comparison, Origin, cells, compare, find_encoder
 from frozen_vs_unfrozen_report import conclusion, results_table, save_bars, save_label_efficiency
 from PIL import Image
 
@@ -102,7 +102,7 @@ def test_what_is_finished_is_not_computed_again_and_what_is_lost_comes_out_the_s
     def refuse(config):
         raise AssertionError("this was pretrained already")
 
-    monkeypatch.setattr("frozen_vs_unfrozen.pretrain", refuse)
+    monkeypatch.setattr("frozen_vs_unfrozen_cells.pretrain", refuse)
     assert figures(compare(SMALL, again)) == figures(rows)
     after = {path.name: path.stat().st_mtime_ns for path in (again / "cells").iterdir()}
     assert after.keys() - before.keys() == {path.name for path in lost}

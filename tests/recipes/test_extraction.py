@@ -5,7 +5,7 @@ import numpy as np
 import pyarrow.parquet
 import pytest
 import torch
-from extract_features import save_features
+from extract_features_writer import save_features
 from PIL import Image
 from safetensors import safe_open
 from sklearn.datasets import load_digits
