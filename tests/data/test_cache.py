@@ -38,8 +38,7 @@ def written(folder):
     return sorted(path.name for path in Path(folder).iterdir() if not path.name.startswith(".lock"))
 
 
-@EITHER
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize(("kind", "workers"), [("ram", 2), ("disk", 0)])
 def test_cached_images_are_the_decoded_ones_and_need_no_files_any_more(photos, tmp_path, kind, workers):
     images = open_dataset(photos, hold_out=False).train
     expected, mark = pixels_of(images), fingerprint(images)

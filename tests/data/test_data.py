@@ -256,9 +256,14 @@ def test_a_bad_image_is_an_error_where_asked_for(spoilt, cache):
     one_line(error)
 
 
-@pytest.mark.parametrize(("cache", "workers"), [("ram", 0), ("none", 0), ("none", 2)])
-@pytest.mark.parametrize("bad", [range(4), range(0, 60, 2), range(30)])
-def test_too_many_bad_images_stop_the_run(tmp_path, cache, workers, bad):
+@pytest.mark.parametrize(
+    ("bad", "cache", "workers"),
+    [
+        *((bad, cache, 0) for bad in (range(4), range(0, 60, 2), range(30)) for cache in ("ram", "none")),
+        (range(4), "none", 2),
+    ],
+)
+def test_too_many_bad_images_stop_the_run(tmp_path, bad, cache, workers):
     folder = write_folder(tmp_path, [f"{place}.png" for place in range(60)])
     spoil(folder, [f"{place}.png" for place in bad])
     with pytest.raises(ByolTimmError, match=r"of \d+ images of .* cannot be read; the first: \d+\.png: ") as error:
