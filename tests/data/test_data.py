@@ -338,7 +338,7 @@ def hang(image, ordinal):
     return VIEWS.cut(image, ordinal)
 
 
-def test_a_killed_worker_is_told_in_one_line(monkeypatch):
+def test_a_killed_worker_is_reported_in_one_line(monkeypatch):
     monkeypatch.setattr(workers, "WORKER_POLL", 0.5)
     images = open_dataset().train
     with pytest.raises(workers.WorkerError, match=r"data loading worker.*--workers 0") as error:
@@ -361,7 +361,7 @@ def test_the_death_of_a_worker_does_not_interrupt_the_main_process(monkeypatch):
                 pass
 
 
-def test_a_hanging_worker_is_told_in_one_line(monkeypatch):
+def test_a_hanging_worker_is_reported_in_one_line(monkeypatch):
     monkeypatch.setattr(workers, "WORKER_POLL", 0.5)
     monkeypatch.setattr(workers, "WORKER_TIMEOUT", 1.0)
     images = open_dataset().train
@@ -384,7 +384,7 @@ def test_workers_are_out_of_reach_of_ctrl_c():
         assert os.getpgid(multiprocessing.active_children()[0].pid) != os.getpgid(0)
 
 
-def test_too_little_shared_memory_is_told_before_workers_start(tmp_path, monkeypatch):
+def test_too_little_shared_memory_is_reported_before_workers_start(tmp_path, monkeypatch):
     workers._check_shared_memory(2**10, str(tmp_path))
     with pytest.raises(ByolTimmError, match=r"need about 1099511627776 MB of shared memory.*--workers 0") as error:
         workers._check_shared_memory(2**60, str(tmp_path))

@@ -151,7 +151,7 @@ def test_train_among_other_folders_is_a_class(tmp_path):
     assert splits.train.class_names == ("bus", "train")
 
 
-def test_names_beyond_ascii_are_read_and_told(tmp_path):
+def test_names_beyond_ascii_are_read_and_printed(tmp_path):
     name = os.fsdecode(b"na\xc3\xafve \xe2\x98\x83/\xff 1\n2.png")
     photo(20, 16).save(tmp_path / "1.png")
     (tmp_path / name).parent.mkdir()
@@ -189,7 +189,7 @@ def test_folders_without_images_say_what_they_hold(tmp_path, names, found):
         ({"dataset": "cifar10", "split": "test"}, "is not a folder here and cannot be loaded from the Hub"),
     ],
 )
-def test_what_cannot_be_opened_is_told_in_one_line(settings, message):
+def test_what_cannot_be_opened_is_reported_in_one_line(settings, message):
     with pytest.raises(ByolTimmError, match=message) as error:
         open_dataset(**settings)
     one_line(error)
@@ -269,7 +269,7 @@ def test_tables_and_images_in_one_folder_are_refused(tmp_path):
     one_line(error)
 
 
-def test_broken_tables_are_told_in_one_line(tmp_path):
+def test_broken_tables_are_reported_in_one_line(tmp_path):
     (tmp_path / "train.parquet").write_bytes(b"PAR1 no table PAR1")
     with pytest.raises(ByolTimmError, match="cannot be loaded") as error:
         open_dataset(str(tmp_path))
@@ -367,7 +367,7 @@ def test_images_that_use_their_bits_are_not_warned_of(tmp_path, caplog):
     ("dataset", "value_range", "message"),
     [("digits", (0, 4095), "digits have 4"), ("x", (9, 9), r"\(9 9\)"), ("x", (0, math.nan), r"\(0 nan\)")],
 )
-def test_a_value_range_that_cannot_be_is_told(dataset, value_range, message):
+def test_a_value_range_that_cannot_be_is_refused(dataset, value_range, message):
     with pytest.raises(ByolTimmError, match=message) as error:
         open_dataset(dataset, value_range=value_range)
     assert "--value_range" in one_line(error)
@@ -413,7 +413,7 @@ def test_other_columns_are_no_labels(tmp_path):
     one_line(error)
 
 
-def test_several_label_columns_are_told(tmp_path, caplog):
+def test_several_label_columns_are_a_warning(tmp_path, caplog):
     table = digits_table(20)
     table = table.add_column("coarse", [0] * 20).cast_column("coarse", datasets.ClassLabel(names=["digit"]))
     assert opened(table, tmp_path).train.labels is None

@@ -267,7 +267,7 @@ def spoilt(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["parquet", "tar"])
-def test_bad_images_are_replaced_alike_however_the_step_is_cut(spoilt, kind, caplog):
+def test_bad_images_are_replaced_by_the_same_however_the_step_is_cut(spoilt, kind, caplog):
     splits = open_shards(spoilt[kind], kind)
     stream = batches(splits)
     seen = [n for batch in take(stream, 2 * STEPS) for n in numbers(batch)]
@@ -307,7 +307,7 @@ def test_paths_in_rows_are_not_followed(tmp_path):
     assert list(stream.bad.values()) == ["row 99 of a.parquet: the row has no image"]
 
 
-def test_a_broken_shard_is_told_by_its_name(tmp_path):
+def test_a_broken_shard_is_reported_by_its_name(tmp_path):
     folder = write_shards(tmp_path, "tar", [numbered(number) for number in range(COUNT)])
     (tmp_path / "train-3.tar").write_bytes((tmp_path / "train-3.tar").read_bytes()[:20_000])
     with pytest.raises(ByolTimmError, match=r"reading stopped at row \d+ of train-3\.tar") as error:
@@ -417,7 +417,7 @@ def test_a_number_of_images_that_nobody_knows_is_asked_for(folders):
     one_line(error)
 
 
-def test_a_wrong_number_of_images_is_told(folders):
+def test_a_wrong_number_of_images_is_refused(folders):
     with pytest.raises(ByolTimmError, match=r"--num_images \(17\) is wrong: .* has 410 rows") as error:
         open_stream(folders["parquet"], num_images=17)
     one_line(error)
