@@ -42,6 +42,7 @@ DIGITS = load_digits()
 FEATURES = torch.tensor(DIGITS.data, dtype=torch.float32)
 LABELS = torch.tensor(DIGITS.target)
 PREPARATION = Preparation(EvaluationTransform(16, crop_pct=1.0), MEAN, STD, workers=0)
+SHORT_LINEAR = Protocol(frozen=True, lrs=(0.02, 0.1), epochs=(2,), batch_size=32, standardize=True)
 SHORT = Protocol(frozen=False, lrs=(0.02, 0.1), epochs=(1,), batch_size=32, min_steps=6, augmentation=CROP_AND_FLIP)
 
 
@@ -402,8 +403,8 @@ def test_a_class_without_training_images_is_never_chosen():
 def test_unlabelled_features_are_left_out():
     labels = LABELS[:300].clone()
     labels[100:] = -1
-    head, _ = fit_linear(FEATURES[:300], labels)
-    other, _ = fit_linear(FEATURES[:100], LABELS[:100])
+    head, _ = fit_linear(FEATURES[:300], labels, protocol=SHORT_LINEAR)
+    other, _ = fit_linear(FEATURES[:100], LABELS[:100], protocol=SHORT_LINEAR)
     assert same_bits(state(head), state(other))
 
 
@@ -432,7 +433,7 @@ def test_protocols_are_those_of_the_paper():
 @pytest.mark.parametrize(
     "protocol",
     [
-        PROTOCOLS["quick-linear"],
+        SHORT_LINEAR,
         replace(SHORT, frozen=True),
         Protocol(frozen=True, l2=(0.1, 1.0)),
     ],
@@ -467,13 +468,13 @@ def test_training_leaves_the_random_numbers_of_the_caller_alone(encoder, splits)
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
-    fit_linear(FEATURES[:100], LABELS[:100])
+    fit_linear(FEATURES[:100], LABELS[:100], protocol=SHORT_LINEAR)
     assert torch.equal(torch.rand(3), expected)
 
 
 @pytest.mark.parametrize("frozen", [True, False])
 def test_the_test_images_choose_nothing(encoder, splits, frozen):
-    protocol = "quick" if frozen else SHORT
+    protocol = SHORT_LINEAR if frozen else SHORT
     other = dataclasses.replace(splits.test, labels=splits.test.labels[::-1].copy())
     first = train_classifier(encoder, splits.train, splits.test, PREPARATION, frozen=frozen, protocol=protocol)
     second = train_classifier(encoder, splits.train, other, PREPARATION, frozen=frozen, protocol=protocol)
@@ -482,7 +483,7 @@ def test_the_test_images_choose_nothing(encoder, splits, frozen):
 
 
 def test_what_is_written_down_is_enough_to_know_what_was_done(encoder, splits):
-    protocol = replace(PROTOCOLS["quick-linear"], labels=0.5)
+    protocol = replace(SHORT_LINEAR, labels=0.5)
     metrics = train_classifier(encoder, splits.train, splits.test, PREPARATION, frozen=True, protocol=protocol).metrics
     assert (
         metrics["train_images"] == len(label_subset(splits.train.labels, 0.5, 0))
