@@ -146,11 +146,12 @@ def test_learning_rate_and_target_decay_follow_the_paper(run):
     assert rows[0]["lr"] == 2.5
 
 
-def test_the_same_seed_gives_the_same_bits_and_another_seed_others(run, tmp_path):
+def test_config_yaml_repeats_the_run_to_the_same_bits_and_another_seed_gives_others(run, tmp_path):
     folder, _ = run
-    pretrain(quick(tmp_path / "again"))
+    for name, flags in (("again", []), ("other", ["--seed", "1"])):
+        config = ["--config", str(folder / "config.yaml"), "--output_dir", str(tmp_path / name), *flags]
+        pretrain(parse(PretrainConfig, config))
     assert weights(tmp_path / "again") == weights(folder)
-    pretrain(quick(tmp_path / "other", seed=1))
     assert weights(tmp_path / "other") != weights(folder)
 
 
@@ -160,13 +161,6 @@ def test_resuming_a_finished_run_changes_nothing(run):
     pretrain(quick(folder, resume=True))
     assert weights(folder) == before
     assert read_metrics(folder / "metrics.jsonl") == rows
-
-
-def test_config_yaml_repeats_the_run(run, tmp_path):
-    folder, _ = run
-    config = parse(PretrainConfig, ["--config", str(folder / "config.yaml"), "--output_dir", str(tmp_path / "again")])
-    pretrain(config)
-    assert weights(tmp_path / "again") == weights(folder)
 
 
 def test_what_auto_chose_is_told_written_down_and_the_same_when_resumed(tmp_path, caplog):
@@ -384,14 +378,6 @@ def test_images_of_several_shapes_give_the_same_weights_with_any_cache(tmp_path)
     assert file.stat().st_size > 40 * 3 * 8 * 8
 
 
-def test_dry_run_trains_nothing_shows_the_views_and_leaves_the_folder_to_the_run(tmp_path):
-    encoder = pretrain(quick(tmp_path / "run", dry_run=True))
-    assert [str(file.relative_to(tmp_path)) for file in tmp_path.rglob("*.*")] == ["run-dry_run/views.png"]
-    torch.manual_seed(0)
-    initial = timm.create_model("test_resnet", num_classes=0).state_dict()
-    assert all(torch.equal(value, initial[name]) for name, value in encoder.state_dict().items())
-
-
 def test_dry_run_takes_the_folder_that_one_is_in(tmp_path, monkeypatch):
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
@@ -402,10 +388,10 @@ def test_dry_run_takes_the_folder_that_one_is_in(tmp_path, monkeypatch):
         pretrain(quick(tmp_path / "file" / "run", dry_run=True))
 
 
-def test_dry_run_measures_the_run_and_tells_it_from_the_papers(tmp_path, caplog):
+def test_dry_run_trains_nothing_shows_the_views_measures_the_run_and_compares_it_with_the_papers(tmp_path, caplog):
     caplog.set_level("INFO")
     began = time.perf_counter()
-    pretrain(quick(tmp_path / "run", dry_run=True, epochs=100, batch_size=128, projection_dim=256))
+    encoder = pretrain(quick(tmp_path / "run", dry_run=True, epochs=100, batch_size=128, projection_dim=256))
     took = time.perf_counter() - began
     [(rate, step, count)] = re.findall(
         r"([\d,]+) images/s, ([\d.]+) s per step, measured over (\d+) steps", caplog.text
@@ -416,6 +402,10 @@ def test_dry_run_measures_the_run_and_tells_it_from_the_papers(tmp_path, caplog)
     assert re.search(r"about .* for 1,100 steps", caplog.text)
     assert re.search(r"changed +global_batch +128 \(paper: 4096\)", caplog.text)
     assert re.search(r"same +projection_dim +256", caplog.text)
+    assert [str(file.relative_to(tmp_path)) for file in tmp_path.rglob("*.*")] == ["run-dry_run/views.png"]
+    torch.manual_seed(0)
+    initial = timm.create_model("test_resnet", num_classes=0).state_dict()
+    assert all(torch.equal(value, initial[name]) for name, value in encoder.state_dict().items())
 
 
 def test_a_collapsed_run_stops_where_asked(tmp_path):
