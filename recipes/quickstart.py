@@ -1,4 +1,4 @@
-"""From images to an encoder in plain timm, in one process: a notebook cell as it is, or a first look.
+"""Train an encoder and load it with plain timm, in one process: paste it into a notebook cell, or run it.
 
     python recipes/quickstart.py
 
@@ -25,6 +25,6 @@ def main() -> None:
 
 if __name__ == "__main__":
     if sys.argv[0].endswith("quickstart.py") and sys.argv[1:]:
-        # The arguments of a notebook's kernel are nobody's wish.
+        # A notebook's kernel has arguments of its own, which are not for this recipe.
         raise SystemExit(f"quickstart.py takes no flags ({sys.argv[1]}). Use pretrain.py")
     run(main)

@@ -1,4 +1,4 @@
-"""The whole comparison on digits, small; and what it says of figures."""
+"""The whole comparison on digits, small; and the words of its conclusion."""
 
 import csv
 import dataclasses
@@ -43,8 +43,7 @@ def finished(tmp_path_factory):
     return folder, compare(SMALL, folder)
 
 
-def figures(rows):
-    """Rows without what a clock says."""
+def without_seconds(rows):
     return [{name: value for name, value in row.items() if name != "seconds"} for row in rows]
 
 
@@ -103,7 +102,7 @@ def test_what_is_finished_is_not_computed_again_and_what_is_lost_comes_out_the_s
         raise AssertionError("this was pretrained already")
 
     monkeypatch.setattr("frozen_vs_unfrozen_cells.pretrain", refuse)
-    assert figures(compare(SMALL, again)) == figures(rows)
+    assert without_seconds(compare(SMALL, again)) == without_seconds(rows)
     after = {path.name: path.stat().st_mtime_ns for path in (again / "cells").iterdir()}
     assert after.keys() - before.keys() == {path.name for path in lost}
     assert all(after[name] == time for name, time in before.items())
@@ -184,7 +183,7 @@ def rows_of(random, byol, mode, seeds=(0, 1)):
     ]
 
 
-def test_the_conclusion_is_three_sentences_computed_from_the_figures():
+def test_the_conclusion_is_three_sentences_computed_from_the_without_seconds():
     rows = rows_of((60, 80), (72, 83), "frozen") + rows_of((50, 90), (70, 89.9), "fine-tuned")
     for share, accuracy in ((0.5, 0.82), (0.1, 0.81), (0.8, 0.83)):
         rows += [row("byol", share, mode, 1.0, accuracy) for mode in ("frozen", "fine-tuned")]

@@ -78,11 +78,11 @@ def test_quickstart_is_a_notebook_cell_that_runs_twice(tmp_path, monkeypatch, ca
     with fresh_process():
         for _ in range(2):
             exec(cell, {"__name__": "__main__"})
-    told = capsys.readouterr().out
-    assert told.count("20-NN accuracy\n") == 2 and told.count("parameters\n") == 2
+    output = capsys.readouterr().out
+    assert output.count("20-NN accuracy\n") == 2 and output.count("parameters\n") == 2
 
 
-def test_evaluations_leave_figures_a_confusion_matrix_and_the_labelled_rows(tmp_path, monkeypatch, capsys):
+def test_evaluations_leave_metrics_a_confusion_matrix_and_the_labelled_rows(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     encoder = ["--encoder", "test_resnet", "--image_size", "32", "--in_chans", "1", "--workers", "0"]
     type_recipe("knn.py", *encoder, "--output", "knn", "--raw_pixels")
@@ -90,10 +90,10 @@ def test_evaluations_leave_figures_a_confusion_matrix_and_the_labelled_rows(tmp_
     type_recipe("linear_probe.py", *encoder, "--output", "linear_probe")
     for recipe, files in (("knn", set()), ("linear_probe", {"labelled.json"})):
         assert {file.name for file in (tmp_path / recipe).iterdir()} == {"results.json", "confusion.png", *files}
-        figures = json.loads((tmp_path / recipe / "results.json").read_text())
-        assert figures["top1"] > 0.5 and len(figures["confusion"]) == 10
+        metrics = json.loads((tmp_path / recipe / "results.json").read_text())
+        assert metrics["top1"] > 0.5 and len(metrics["confusion"]) == 10
         if recipe == "knn":
-            assert figures["raw_pixels_top1"] > 0.95
+            assert metrics["raw_pixels_top1"] > 0.95
     assert len(json.loads((tmp_path / "linear_probe" / "labelled.json").read_text())) == 1438
 
 
@@ -167,10 +167,10 @@ def test_ctrl_c_is_one_line_and_exit_code_130(command, tmp_path):
         time.sleep(0.5)
         # As a terminal does, to the process and those that it has started.
         os.killpg(process.pid, signal.SIGINT)
-        _, told = process.communicate(timeout=60)
+        _, error = process.communicate(timeout=60)
     # Behind the progress bar.
-    assert re.split(r"[\r\n]", told.decode().strip())[-1] == "byol_timm: error: interrupted"
-    assert "Traceback" not in told.decode() and process.returncode == 130
+    assert re.split(r"[\r\n]", error.decode().strip())[-1] == "byol_timm: error: interrupted"
+    assert "Traceback" not in error.decode() and process.returncode == 130
 
 
 def test_the_folders_of_an_output_file_are_made(tmp_path, monkeypatch):
@@ -190,8 +190,8 @@ def test_features_of_unlabelled_images_are_extracted_and_kept(tmp_path, monkeypa
     words = "--encoder test_resnet --image_size 32 --dataset images --part_images 2 --workers 0".split()
     for parts in (3, 0):
         assert exit_code_of("extract_features.py", *words) == 0
-        told = capsys.readouterr().out
-        assert told.count("part-") == parts and "features of 5 images in 3 files" in told
+        output = capsys.readouterr().out
+        assert output.count("part-") == parts and "features of 5 images in 3 files" in output
 
 
 @pytest.mark.slow
@@ -203,9 +203,9 @@ def test_the_readmes_commands_lead_from_images_to_a_probe(tmp_path, monkeypatch,
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     recipe, *words = first.replace("resnet18", "test_resnet").split()[2:]
     assert exit_code_of(recipe, *words, "--epochs", "1", "--hidden_dim", "64", "--workers", "0") == 0
-    told = capsys.readouterr()
-    assert "Traceback" not in told.err
-    table, following = told.out.split("20-NN accuracy", 1)[1].split("next\n")
+    written = capsys.readouterr()
+    assert "Traceback" not in written.err
+    table, following = written.out.split("20-NN accuracy", 1)[1].split("next\n")
     assert re.search(r"raw pixels\s+9\d\.\d %", table)
     assert (tmp_path / "runs/test_resnet-digits/encoder/model.safetensors").exists()
     own_data, probe, push = (line.strip() for line in following.strip().splitlines())
