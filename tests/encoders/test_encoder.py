@@ -29,7 +29,7 @@ from byol_timm.encoders import (
 from byol_timm.errors import ByolTimmError
 from byol_timm.training import enable_grad_checkpointing
 
-# All backbones are walked through in so many tests, which can run side by side.
+# So many tests share all backbones, so that they can run in parallel.
 PARTS = 16
 TABLE = Path(__file__).parents[2] / "recipes" / "backbones.md"
 
@@ -71,14 +71,14 @@ def test_a_mistyped_name_finds_what_was_meant(typed, meant):
     assert closest_backbones(typed)[0] == meant
 
 
-def test_an_unknown_name_is_told_with_the_nearest_ones():
+def test_an_unknown_name_is_reported_with_the_nearest_ones():
     with pytest.raises(ByolTimmError, match=r"no backbone 'resnt18'. Nearest names: resnet18, resnet18d"):
         create_encoder("resnt18")
     with pytest.raises(ByolTimmError, match=r"see timm.list_models"):
         create_encoder("&")
 
 
-def test_an_unknown_tag_is_told_with_those_that_exist():
+def test_an_unknown_tag_is_reported_with_those_that_exist():
     with pytest.raises(
         ByolTimmError, match=r"test_resnet has no pretrained tag 'in1k'. It has: test_resnet.r160_in1k$"
     ):
@@ -93,13 +93,13 @@ def test_an_unknown_tag_is_told_with_those_that_exist():
         ("local-dir:nowhere", "cannot be read"),
     ],
 )
-def test_a_name_that_is_no_timm_name_is_told_in_one_line(name, reason):
-    with pytest.raises(ByolTimmError, match=reason) as told:
+def test_a_name_that_is_no_timm_name_is_reported_in_one_line(name, reason):
+    with pytest.raises(ByolTimmError, match=reason) as refused:
         create_encoder(name)
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(refused.value)
 
 
-def test_a_model_of_another_library_is_told_in_one_line(tmp_path):
+def test_a_model_of_another_library_is_reported_in_one_line(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert", "hidden_size": 768}))
     with pytest.raises(ByolTimmError, match="does not name an architecture: not a timm model"):
         create_encoder(f"local-dir:{tmp_path}")
@@ -134,10 +134,10 @@ def test_a_saved_encoder_takes_images_of_another_size_and_other_channels(tmp_pat
         ({"in_chans": 0}, r"in_chans must be positive \(0\)"),
     ],
 )
-def test_an_argument_that_cannot_be_honoured_is_told_in_one_line(kwargs, reason):
-    with pytest.raises(ByolTimmError, match=reason) as told:
+def test_an_argument_that_cannot_be_honoured_is_reported_in_one_line(kwargs, reason):
+    with pytest.raises(ByolTimmError, match=reason) as refused:
         create_encoder("test_resnet", **kwargs)
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(refused.value)
 
 
 def test_key_value_pairs_become_python_values():
@@ -178,7 +178,7 @@ def test_the_residual_init_is_timms_or_the_papers():
     assert encoder._model_args["zero_init_last"] is False
 
 
-def test_a_residual_init_that_the_backbone_does_not_have_is_told(caplog):
+def test_a_residual_init_that_the_backbone_does_not_have_is_reported(caplog):
     create_encoder("test_vit", zero_init_last=False)
     assert "no choice of the residual init" in caplog.text
 
@@ -194,10 +194,10 @@ def test_a_residual_init_that_the_backbone_does_not_have_is_told(caplog):
         ("deepseek_vit_412m", 64, "Use --image_size 546, or --backbone_kwargs patch_size=4"),
     ],
 )
-def test_images_that_are_too_small_are_told_with_what_works(name, size, advice):
-    with pytest.raises(ByolTimmError, match=f"{name} does not run on {size}x{size} images .*{advice}") as told:
+def test_images_that_are_too_small_are_reported_with_what_works(name, size, advice):
+    with pytest.raises(ByolTimmError, match=f"{name} does not run on {size}x{size} images .*{advice}") as refused:
         create_encoder(name, image_size=size)
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(refused.value)
 
 
 @pytest.mark.parametrize(
@@ -208,7 +208,7 @@ def test_images_that_are_too_small_are_told_with_what_works(name, size, advice):
         ("test_convnext", "output_stride=8", 16),
     ],
 )
-def test_small_images_are_told_the_setting_that_keeps_their_layout(name, setting, places, caplog, tmp_path):
+def test_small_images_are_reported_the_setting_that_keeps_their_layout(name, setting, places, caplog, tmp_path):
     create_encoder(name, image_size=32)
     assert f"Use --backbone_kwargs {setting} (or auto), or larger images" in caplog.text
     caplog.clear()
@@ -234,7 +234,7 @@ def test_a_network_that_rescales_its_images_takes_any_size(caplog):
     assert math.prod(fit.map_size) > 4
 
 
-def test_pixels_that_no_patch_covers_are_told(caplog):
+def test_pixels_that_no_patch_covers_are_reported(caplog):
     encoder = create_encoder("vit_tiny_patch16_224", image_size=40, depth=1).eval()
     assert "ignores the last 8 rows and columns. Use a multiple of 16" in caplog.text
     images = digits(size=40)
@@ -309,7 +309,7 @@ def test_frozen_parts_stay_as_they_are_in_both_networks():
             assert torch.equal(parameter, before[name]) == (name in frozen), name
 
 
-def test_a_part_that_does_not_exist_is_told_with_those_that_do():
+def test_a_part_that_does_not_exist_is_reported_with_those_that_do():
     with pytest.raises(
         ByolTimmError, match=r"no part 'layer5' to freeze. It has: conv1, bn1, layer1, layer2, layer3, layer4"
     ):
@@ -351,7 +351,7 @@ def table():
 @functools.cache
 def smallest_of_each_module(millions=60):
     """The backbone of every module of timm that takes the smallest images, and of those the one with the fewest
-    parameters, with the side of its images; left out are modules that have none of at most so many parameters."""
+    parameters, with the size of its images; without modules that have none of at most so many parameters."""
     modules = {name: module for module in timm.list_modules() for name in timm.list_models(module=module)}
     chosen = {}
     for row in table():

@@ -658,7 +658,7 @@ def test_pushing_again_is_one_commit_and_keeps_the_users_words(hub, client, tmp_
     assert "license: cc-by-4.0" in hub.files("tester/twice")["README.md"].decode()
 
 
-def test_metadata_that_the_hub_refuses_are_told_in_one_line(hub, client, tmp_path):
+def test_metadata_that_the_hub_refuses_are_reported_in_one_line(hub, client, tmp_path):
     folder = save(build(), tmp_path / "encoder")
     with pytest.raises(Failed) as failed:
         push(client, folder, "tester/nonsense", license="nonsense")
@@ -679,7 +679,7 @@ def test_arguments_of_the_network_arrive_whatever_their_names(hub, client, tmp_p
     assert "| 2 |" in pushed["README.md"].decode()
 
 
-def test_what_forbids_a_push_is_told_before_training(hub, client, tmp_path):
+def test_what_forbids_a_push_is_reported_before_training(hub, client, tmp_path):
     assert check(client, "fresh") == "tester/fresh"
     assert hub.repositories["tester/fresh"]["private"]
     assert check(client, "tester/open", public=True) == "tester/open"
@@ -801,7 +801,7 @@ def test_without_a_network_what_is_in_the_cache_loads_and_the_rest_is_one_line(t
         assert not alone.output
 
 
-def test_what_is_not_there_or_not_for_us_is_told_in_one_line(hub, client, tmp_path):
+def test_what_is_not_there_or_not_for_us_is_reported_in_one_line(hub, client, tmp_path):
     hub.create("somebody/secret", private=True)
     hub.create("somebody/gated", private=False, gated=True, files={"config.json": b"{}"})
     hub.create("somebody/text", private=False, files={"a.txt": b"hello"})

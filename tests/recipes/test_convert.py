@@ -219,7 +219,7 @@ def test_what_cannot_be_converted_is_refused_in_one_line(change, arguments, mess
     assert not (tmp_path / "encoder").exists()
 
 
-def test_files_that_hold_no_weights_are_told_in_one_line(tmp_path):
+def test_files_that_hold_no_weights_are_reported_in_one_line(tmp_path):
     whole = tmp_path / "whole.pth"
     torch.save({"weight": torch.rand(1000)}, whole)
     files = {
@@ -384,7 +384,7 @@ def without_a_block(state):
         (lambda s: {**s, "bn1.weight": s["bn1.weight"] * torch.nan}, {}, "not finite"),
     ],
 )
-def test_what_of_the_jax_release_cannot_be_converted_is_told_in_one_line(
+def test_what_of_the_jax_release_cannot_be_converted_is_reported_in_one_line(
     change, arguments, message, tmp_path, monkeypatch
 ):
     tree = haiku_trees(change(narrow_resnet50().state_dict()))
