@@ -133,6 +133,8 @@ class PretrainConfig(ImagesConfig):
     """Compute the views with Triton kernels: faster on a CUDA GPU, for images with 1 or 3 channels."""
     cuda_graph: bool = False
     """Run the whole training step as one CUDA graph: faster for small networks on one GPU."""
+    deterministic: bool = False
+    """On a GPU, use only kernels that repeat bit for bit; slower for some networks."""
     sync_batch_norm: bool = False
     """Use byol_timm's synchronised BatchNorm, also on CPU processes, instead of torch's, which needs GPUs."""
     seed: int = 0

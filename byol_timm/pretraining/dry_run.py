@@ -37,7 +37,7 @@ PAPER, PAPER_IMAGES, PAPER_FORWARDS = "imagenet_1000", 1_281_167, 64
 # Fields that do not change what is learned, or choose the images.
 NOT_COMPARED = MAY_CHANGE | {*DATA, *AUGMENTATION_FLAGS}
 NOT_COMPARED |= frozenset("dataset num_images streaming shuffle_buffer seed split_seed compile channels_last".split())
-NOT_COMPARED |= frozenset("grad_checkpointing triton_views cuda_graph sync_batch_norm".split())
+NOT_COMPARED |= frozenset("grad_checkpointing triton_views cuda_graph sync_batch_norm deterministic".split())
 
 
 def rehearse(plan: Plan, run: Run) -> nn.Module:

@@ -14,6 +14,7 @@ from ..training import (
     Interruption,
     Processes,
     check_resumable,
+    choose_kernels,
     claim_folder,
     create_accelerator,
     load_latest,
@@ -47,6 +48,7 @@ def open_run(config: PretrainConfig) -> Iterator[Run]:
     folder = output_dir(config)
     with contextlib.ExitStack() as stack:
         processes = stack.enter_context(Processes(create_accelerator(config.report_to, folder)))
+        choose_kernels(processes.accelerator.device, deterministic=config.deterministic)
         earlier = None
         # Only the main process holds the folder.
         commits: list[Callable[[], None]] = []

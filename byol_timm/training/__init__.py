@@ -23,6 +23,7 @@ from .optim import create_optimizer as create_optimizer
 from .optim import parameter_groups as parameter_groups
 from .processes import Accelerator as Accelerator
 from .processes import Processes as Processes
+from .processes import choose_kernels as choose_kernels
 from .processes import create_accelerator as create_accelerator
 from .processes import explain_exhaustion as explain_exhaustion
 from .processes import prepare as prepare

@@ -201,6 +201,18 @@ def create_accelerator(trackers: Sequence[str], folder: Path) -> Accelerator:
     return accelerator
 
 
+def choose_kernels(device: torch.device, *, deterministic: bool) -> None:
+    """Let a CUDA GPU multiply float32 matrices as TF32; with `deterministic`, use only kernels that repeat exactly."""
+    if device.type != "cuda":
+        return
+    torch.set_float32_matmul_precision("high")
+    if deterministic:
+        # cuBLAS reads it at its first use.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.backends.cudnn.deterministic = True
+        torch.use_deterministic_algorithms(True, warn_only=True)
+
+
 def _launcher_limited_threads() -> bool:
     """Return True if OMP_NUM_THREADS=1 was set by `accelerate launch` rather than by the user."""
     if "ACCELERATE_MIXED_PRECISION" not in os.environ or os.environ.get("OMP_NUM_THREADS") != "1":

@@ -58,9 +58,9 @@ class _Normalize(torch.autograd.Function):
         axes = [0, *range(2, x.ndim)]
         var, mean = torch.var_mean(x.to(torch.promote_types(x.dtype, torch.float32)), axes, correction=0)
         own = torch.cat([mean, var, mean.new_full((1,), x.numel() // x.shape[1])])
-        every = own.new_empty(dist.get_world_size() * len(own))
-        dist.all_gather_into_tensor(every, own)
-        means, variances, counts = every.view(-1, len(own)).split([x.shape[1], x.shape[1], 1], 1)
+        every = [torch.empty_like(own) for _ in range(dist.get_world_size())]
+        dist.all_gather(every, own)
+        means, variances, counts = torch.stack(every).split([x.shape[1], x.shape[1], 1], 1)
         total = counts.sum()
         mean = (means * counts).sum(0) / total
         var = ((variances + (means - mean) ** 2) * counts).sum(0) / total

@@ -26,7 +26,7 @@ HALF = """
     synchronize_batch_norms(byol)
     pair = [view.chunk(2)[rank] for view in views()]
     exchanges = []
-    for name in ("all_gather_into_tensor", "all_reduce"):
+    for name in ("all_gather", "all_reduce"):
         act = getattr(dist, name)
         setattr(dist, name, lambda *given, act=act: (exchanges.append(1), act(*given))[1])
     byol(*pair)["loss"].backward()
