@@ -10,12 +10,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from .encoders import encoder_width
 from .errors import ByolTimmError
 
-# Label-free figures of health beside the loss, scalars without gradient.
+# Label-free health metrics, scalars without gradient.
 HEALTH = ("agreement", "feature_std", "projection_std")
 
 
 class BYOL(nn.Module):
-    """An encoder with everything that BYOL adds to it: projector, predictor and the target network.
+    """Hold an encoder and everything that BYOL adds to it: projector, predictor and the target network.
 
     encoder: images [B, C, H, W] -> representations [B, width]; trained in place.
     width: of the representation; asked from a timm encoder when None.
@@ -45,7 +45,7 @@ class BYOL(nn.Module):
         self.train()
 
     def forward(self, view1: Tensor, view2: Tensor | None = None, *, target: Tensor | None = None) -> dict[str, Tensor]:
-        """The loss of two views of the same images, [B, C, H, W] each, with label-free figures of health.
+        """Return the loss of two views of the same images, [B, C, H, W] each, with label-free health metrics.
 
         Given `target` (from `target_projections`) instead of `view2`: that one direction of the loss. The two
         directions share no activations, so one backward pass per direction gives the same gradients as one for their
@@ -80,7 +80,7 @@ class BYOL(nn.Module):
 
     @torch.no_grad()
     def target_projections(self, *views: Tensor) -> list[Tensor]:
-        """The target network's projections [B, projection_dim] of each view, without gradient."""
+        """Return the target network's projections [B, projection_dim] of each view, without gradient."""
         # One pass per view: batch statistics must not mix the views.
         return [self.target_projector(self._represent(self.target_encoder, view)) for view in views]
 
@@ -121,7 +121,7 @@ class BYOL(nn.Module):
         return self
 
     def no_weight_decay(self) -> set[str]:
-        """Names of parameters that the encoder wants exempt from weight decay, such as position embeddings."""
+        """Return names of parameters that the encoder wants exempt from weight decay, such as position embeddings."""
         exempt: set[str] = getattr(self.encoder, "no_weight_decay", set)()
         return {f"encoder.{name}" for name in exempt}
 
@@ -132,7 +132,7 @@ def _is_frozen(module: nn.Module) -> bool:
 
 
 def mlp(in_dim: int, hidden_dim: int, out_dim: int, num_layers: int = 2) -> nn.Sequential:
-    """A projector or predictor: hidden layers of Linear, BatchNorm, ReLU, then Linear without bias or norm."""
+    """Build a projector or predictor: hidden layers of Linear, BatchNorm, ReLU, then Linear without bias or norm."""
     layers: list[nn.Module] = []
     for _ in range(num_layers - 1):
         layers += [nn.Linear(in_dim, hidden_dim), nn.BatchNorm1d(hidden_dim), nn.ReLU(inplace=True)]
@@ -141,24 +141,24 @@ def mlp(in_dim: int, hidden_dim: int, out_dim: int, num_layers: int = 2) -> nn.S
 
 
 def normalize(x: Tensor) -> Tensor:
-    """Rows of x [B, d] with l2 norm 1, in float32; a zero row stays zero."""
+    """Return the rows of x [B, d] with l2 norm 1, in float32; a zero row stays zero."""
     x = x.float()
     return x * torch.rsqrt(x.square().sum(1, keepdim=True).clamp(min=1e-12))
 
 
 def regression_loss(prediction: Tensor, projection: Tensor) -> Tensor:
-    """One direction of the loss: the mean over the batch of `|q/|q| - z'/|z'||^2`, 0 to 4 (equation 2 of the paper)."""
+    """Return one direction of the loss: the batch mean of `|q/|q| - z'/|z'||^2`, 0 to 4 (equation 2 of the paper)."""
     return (normalize(prediction) - normalize(projection.detach())).square().sum(1).mean()
 
 
 def target_decay(step: int, total_steps: int, base: float) -> float:
-    """tau of the step: from `base` at step 0 to 1 at the end, along a cosine (Grill et al. 2020, section 3.2)."""
+    """Return tau of the step: from `base` at step 0 to 1 at the end, on a cosine (Grill et al. 2020, section 3.2)."""
     return 1 - (1 - base) * (math.cos(math.pi * step / total_steps) + 1) / 2
 
 
 @torch.no_grad()
 def feature_std(features: Tensor) -> Tensor:
-    """Spread of features [B, d] over the batch, scalar: 1 when directions are isotropic, 0 when all are the same.
+    """Return the spread of features [B, d] over the batch: 1 when directions are isotropic, 0 when all are the same.
 
     The standard deviation of each dimension of the l2-normalised rows, averaged and multiplied by sqrt(d), as in
     SimSiam (Chen & He 2020, section 4.1). float32 also under autocast; nothing waits for the device.

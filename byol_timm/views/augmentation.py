@@ -12,7 +12,7 @@ JITTERS = ("brightness", "contrast", "saturation", "hue")
 
 @dataclass(frozen=True)
 class Augmentation:
-    """The distribution of views: probabilities, ranges and the family of colour operations (paper, appendix B).
+    """Describe the distribution of views: probabilities, ranges, family of colour operations (paper, appendix B).
 
     `crop_scale` is a share of the image's area, `rotate` half the range in degrees; `brightness`, `contrast` and
     `saturation` are half-ranges around no change, `hue` one in turns (at most 1/6). `blur` and `solarize` are the
@@ -61,7 +61,7 @@ class Augmentation:
 
     @property
     def strengths(self) -> tuple[float, ...]:
-        """The half-ranges of the jitters, in the order of `JITTERS`."""
+        """Return the half-ranges of the jitters, in the order of `JITTERS`."""
         return self.brightness, self.contrast, self.saturation, self.hue
 
 
@@ -95,7 +95,7 @@ AUGMENTATIONS: dict[str, Augmentation] = {
 
 
 def omitted_operations(augmentation: Augmentation, channels: int) -> tuple[str, ...]:
-    """Names of the asked-for operations that images of that many channels cannot have, for a notice."""
+    """Return the names of operations that images with that many channels cannot have, for a notice."""
     if channels == 3:
         return ()
     asked = {"saturation": augmentation.saturation, "hue": augmentation.hue, "grayscale": augmentation.grayscale}

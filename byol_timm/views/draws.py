@@ -21,7 +21,7 @@ CHANGE_DRAWS = range(CROP_DRAWS.stop, CROP_DRAWS.stop + 2 * len(JITTERS) + 5)
 
 
 class Crops(NamedTuple):
-    """Drawn crops of some rows: `box` [rows, 4] is (top, left, height, width), `angle` is in degrees."""
+    """Hold the drawn crops of some rows: `box` [rows, 4] is (top, left, height, width), `angle` is in degrees."""
 
     box: Array
     flip: Array
@@ -32,7 +32,7 @@ class Crops(NamedTuple):
 
 
 class Changes(NamedTuple):
-    """Drawn changes of some rows: `order` and `amount` [rows, 4] are the jitters' order and, by jitter, strength."""
+    """Hold drawn changes of rows: `order` and `amount` [rows, 4] are the jitters' order and, by jitter, strength."""
 
     jitter: Array
     order: Array
@@ -43,7 +43,7 @@ class Changes(NamedTuple):
     solarize: Array
 
     def order_key(self) -> Array:
-        """A number per row, equal where the jitters come in the same order, largest where there are none."""
+        """Return a number per row, equal where the jitters come in the same order, largest where there are none."""
         return np.where(self.jitter, self.order @ (64, 16, 4, 1), 256)
 
     def take(self, rows: Array) -> "Changes":
@@ -51,7 +51,7 @@ class Changes(NamedTuple):
 
 
 def _mix(bits: Array) -> Array:
-    """The output function of splitmix64 (Steele et al. 2014)."""
+    """Compute the output function of splitmix64 (Steele et al. 2014)."""
     bits = (bits ^ (bits >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     bits = (bits ^ (bits >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     mixed: Array = bits ^ (bits >> np.uint64(31))
@@ -60,7 +60,7 @@ def _mix(bits: Array) -> Array:
 
 @cache
 def _counters(parameters: range) -> NDArray[np.uint64]:
-    """Increments of splitmix64's state for the draws of both views, [2, 1, parameters]."""
+    """Return increments of splitmix64's state for the draws of both views, [2, 1, parameters]."""
     views = [np.arange(parameters.start, parameters.stop, dtype=np.uint64) * 2 + view for view in (1, 2)]
     return np.stack(views)[:, None] * np.uint64(0x9E3779B97F4A7C15)
 
@@ -71,7 +71,7 @@ def _seed_bits(seed: int) -> NDArray[np.uint64]:
 
 
 def _uniforms(seed: int, ordinals: Tensor | Sequence[int], parameters: range) -> Array:
-    """Uniform numbers in [0, 1), [2 B, parameters]: the rows of view 1, then those of view 2."""
+    """Return uniform numbers in [0, 1), [2 B, parameters]: the rows of view 1, then those of view 2."""
     keys = np.asarray(ordinals.cpu() if isinstance(ordinals, Tensor) else ordinals, dtype=np.int64).view(np.uint64)
     bits = _mix(_mix(keys ^ _seed_bits(seed))[:, None] + _counters(parameters))
     return (bits.reshape(-1, len(parameters)) >> np.uint64(11)) * 2.0**-53
@@ -82,7 +82,7 @@ def _between(uniforms: Array, low: float, high: float) -> Array:
 
 
 def draw_crops(augmentation: Augmentation, uniforms: Array, height: int, width: int) -> Crops:
-    """Boxes inside an image of that size, as torchvision's RandomResizedCrop draws them, flips and rotations."""
+    """Draw boxes inside an image of that size as torchvision's RandomResizedCrop does, flips and rotations."""
     tries, rest = uniforms[:, : 2 * CROP_TRIES].reshape(-1, CROP_TRIES, 2), uniforms[:, 2 * CROP_TRIES :]
     low, high = augmentation.crop_ratio
     sides = np.sqrt(height * width * _between(tries[..., 0], *augmentation.crop_scale))
@@ -103,7 +103,7 @@ def draw_crops(augmentation: Augmentation, uniforms: Array, height: int, width: 
 
 
 def draw_changes(augmentation: Augmentation, uniforms: Array) -> Changes:
-    """Everything after the crop: which operations, in which order, how strong. The rows are those of both views."""
+    """Draw everything after the crop: which operations, in which order, how strong. Rows are those of both views."""
     amounts, order, rest = np.split(uniforms, (len(JITTERS), 2 * len(JITTERS)), axis=1)
     centers = (float(augmentation.colors == "torchvision"), 1.0, 1.0, 0.0)
     view = np.repeat((0, 1), len(uniforms) // 2)

@@ -16,7 +16,7 @@ BLUR_BLOCK = 32
 
 
 def _tile(planes: Tensor) -> int:
-    """Number of images whose planes a CPU core works on at a time."""
+    """Return the number of images whose planes a CPU core works on at a time."""
     _, images, height, width = planes.shape
     return images if planes.device.type != "cpu" else min(images, max(1, TILE_PIXELS // (height * width)))
 
@@ -33,7 +33,7 @@ SCRATCH_PLANES = 7
 
 
 def jitter_operations(augmentation: Augmentation, channels: int) -> list[Operation | None]:
-    """The four jitters in the order of `JITTERS`, None where one is switched off or needs RGB."""
+    """Return the four jitters in the order of `JITTERS`, None where one is off or needs RGB."""
     if augmentation.colors == "paper":
         operations: list[Operation] = [shift_brightness, contrast_by_channel, saturate_hsv, rotate_hue]
     else:
@@ -46,30 +46,30 @@ def jitter_operations(augmentation: Augmentation, channels: int) -> list[Operati
 
 
 def shift_brightness(planes: Tensor, shift: Tensor, scratch: Tensor) -> None:
-    """Brightness of the released code: an amount is added."""
+    """Change brightness as the released code does: add an amount."""
     planes.add_(shift).clamp_(0, 1)
 
 
 def scale_brightness(planes: Tensor, factor: Tensor, scratch: Tensor) -> None:
-    """Brightness of torchvision: a factor."""
+    """Change brightness as torchvision does: multiply by a factor."""
     planes.mul_(factor).clamp_(0, 1)
 
 
 def contrast_by_channel(planes: Tensor, factor: Tensor, scratch: Tensor) -> None:
-    """Contrast of the released code: a factor on the distance from each channel's mean."""
+    """Change contrast as the released code does: scale the distance from each channel's mean."""
     means = planes.mean(2, keepdim=True)
     planes.mul_(factor).add_((1 - factor) * means).clamp_(0, 1)
 
 
 def contrast_about_gray(planes: Tensor, factor: Tensor, scratch: Tensor) -> None:
-    """Contrast of torchvision: a factor on the distance from the mean of grey, or of all channels if not RGB."""
+    """Change contrast as torchvision does: scale the distance from the mean of grey, or of all channels if not RGB."""
     means = planes.mean(2, keepdim=True)
     mean = grayscale(means) if len(planes) == 3 else means.mean(0, keepdim=True)
     planes.mul_(factor).add_((1 - factor) * mean).clamp_(0, 1)
 
 
 def saturate_hsv(planes: Tensor, factor: Tensor, scratch: Tensor) -> None:
-    """Saturation of the released code: HSV's saturation times a factor, at most 1."""
+    """Change saturation as the released code does: multiply HSV's saturation, at most to 1."""
     red, green, blue = planes
     high, low, share = scratch[:3]
     torch.maximum(torch.maximum(red, green, out=high), blue, out=high)
@@ -81,13 +81,13 @@ def saturate_hsv(planes: Tensor, factor: Tensor, scratch: Tensor) -> None:
 
 
 def saturate_from_gray(planes: Tensor, factor: Tensor, scratch: Tensor) -> None:
-    """Saturation of torchvision: a factor on the distance from the grey image."""
+    """Change saturation as torchvision does: scale the distance from the grey image."""
     gray = grayscale(planes, out=scratch[0]).mul_(1 - factor)
     planes.mul_(factor).add_(gray).clamp_(0, 1)
 
 
 def rotate_hue(planes: Tensor, turn: Tensor, scratch: Tensor) -> None:
-    """HSV's hue turned by an amount in turns, at most 1/6 either way."""
+    """Rotate HSV's hue by an amount in turns, at most 1/6 either way."""
     red, green, blue = planes
     high, low, middle, step = scratch[:4]
     slopes = scratch[4:]
@@ -97,7 +97,7 @@ def rotate_hue(planes: Tensor, turn: Tensor, scratch: Tensor) -> None:
     torch.maximum(high, red, out=high)
     torch.minimum(low, red, out=low)
     # On the hexagon of hues a channel stays at the largest value for a third of a turn, falls to the smallest within a
-    # sixth, stays, and rises. Unclipped, it is at 2 c - middle; which of the others is the larger tells the slope.
+    # sixth, stays, and rises. Unclipped, it is at 2 c - middle; the other two's difference has the slope's sign.
     torch.sub(high, low, out=step).mul_(6 * turn)
     torch.sub(blue, green, out=slopes[0])
     torch.sub(red, blue, out=slopes[1])
@@ -107,13 +107,13 @@ def rotate_hue(planes: Tensor, turn: Tensor, scratch: Tensor) -> None:
 
 
 def grayscale(planes: Tensor, out: Tensor | None = None) -> Tensor:
-    """Luma [1, ...] of RGB planes [3, ...]."""
+    """Return the luma [1, ...] of RGB planes [3, ...]."""
     red, green, blue = planes
     return torch.mul(red, GRAY[0], out=out).add_(green, alpha=GRAY[1]).add_(blue, alpha=GRAY[2])[None]
 
 
 def solarize(planes: Tensor) -> Tensor:
-    """Values of one half and more inverted."""
+    """Return the planes with values of one half and more inverted."""
     return torch.minimum(planes, 1 - planes)
 
 
@@ -123,12 +123,12 @@ Padding = Literal["zeros", "reflect"]
 
 
 def blur_taps(size: int) -> int:
-    """Width of the blur's kernel for that image size: 23 at 224, 9 at 96, 3 at 32."""
+    """Return the width of the blur's kernel for an image size: 23 at 224, 9 at 96, 3 at 32."""
     return 2 * int(size / 10 / 2) + 1
 
 
 def blur(planes: Tensor, sigma: Tensor, taps: int, padding: Padding) -> Tensor:
-    """Gaussian blur, in place, of [C, B, H, W] with one sigma per image, [B], in pixels; returns the planes."""
+    """Blur [C, B, H, W] in place by a Gaussian with one sigma per image, [B], in pixels; returns the planes."""
     radius = taps // 2
     channels, _, height, width = planes.shape
     offsets = torch.arange(-radius, radius + 1, device=planes.device, dtype=torch.float32)
@@ -161,7 +161,7 @@ def _blocks(size: int, radius: int) -> list[tuple[slice, slice]]:
 
 
 def _band_matrices(kernels: Tensor, size: int, padding: Padding) -> Tensor:
-    """Matrices [B, size, size] that correlate with kernels [B, taps]."""
+    """Return matrices [B, size, size] that correlate with kernels [B, taps]."""
     images, taps = kernels.shape
     radius = taps // 2
     padded = size + 2 * radius

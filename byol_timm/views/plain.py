@@ -13,10 +13,10 @@ from ..errors import ByolTimmError
 
 
 class EvaluationTransform:
-    """Turns one uint8 image [C, H, W] of any size into uint8 [C, height, width]: resize (bicubic), then centre crop.
+    """Turn one uint8 image [C, H, W] of any size into uint8 [C, height, width]: resize (bicubic), then centre crop.
 
     `crop_pct` is the share of the resized image's shorter side that the crop keeps (224 / 256 = 0.875 in the paper).
-    An image that already has the size asked for is left as it is.
+    An image that already has the right size is not changed.
     """
 
     def __init__(self, image_size: int | tuple[int, int], *, crop_pct: float = 0.875) -> None:
@@ -41,11 +41,11 @@ def _per_channel(values: Sequence[float], channels: int) -> tuple[float, ...]:
 
 
 def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """Float32 (pixel / 255 - mean) / std of uint8 images [B, C, H, W]; mean and std per channel, or one for all."""
+    """Return float32 (pixel / 255 - mean) / std of uint8 images [B, C, H, W]; mean and std per channel or for all."""
     shift, scale = (torch.tensor(_per_channel(v, images.shape[1]), device=images.device) for v in (mean, std))
     return (images.float() / 255).sub_(shift[:, None, None]).div_(scale[:, None, None])
 
 
 def crop_pct(image_size: int) -> float:
-    """The share of an image that evaluation looks at: all of a small one, else the paper's 224 of 256 pixels."""
+    """Return the share of an image that evaluation sees: all of a small one, else the paper's 224 of 256 pixels."""
     return 1.0 if image_size <= 64 else 0.875

@@ -25,7 +25,7 @@ MATMUL_RESIZE_LIMIT = 48
 
 
 class TwoViews:
-    """Turns uint8 images into two normalised float32 views, every parameter drawn per image and per view.
+    """Turn uint8 images into two normalised float32 views, every parameter drawn per image and per view.
 
     The draws are a pure function of (`seed`, ordinal, view, parameter): batch, order, worker and device do not matter.
     `image_size` is the side of the views or (height, width); `mean` and `std` (of pixels in 0..1) have one entry per
@@ -60,10 +60,10 @@ class TwoViews:
     @torch.compiler.disable
     @torch.no_grad()
     def __call__(self, images: Tensor, ordinals: Tensor, *, out: Views | None = None) -> Views:
-        """View 1 and view 2 (float32 [B, C, height, width]) of uint8 images [B, C, H, W] with int64 ordinals [B].
+        """Return view 1 and view 2 (float32 [B, C, height, width]) of uint8 images [B, C, H, W] with int64 ordinals.
 
-        The ordinals stay on the CPU. `out` takes the views of an earlier batch to write into: fresh memory costs a CPU
-        a tenth of the time and more.
+        The ordinals [B] stay on the CPU. `out` is the views of an earlier batch, whose memory is used again: new memory
+        costs a CPU a tenth of the time and more.
         """
         height, width = images.shape[-2:]
         one_by_one = images.device.type == "cpu" and max(self.height, self.width, height, width) > MATMUL_RESIZE_LIMIT
@@ -88,7 +88,7 @@ class TwoViews:
     @torch.compiler.disable
     @torch.no_grad()
     def cut(self, image: Tensor, ordinal: int) -> Tensor:
-        """Both crops, resized and flipped (uint8 [2, C, height, width]), of one uint8 image [C, H, W], for loaders.
+        """Return both crops of one uint8 image [C, H, W], resized and flipped: uint8 [2, C, height, width].
 
         `finish` turns a batch of them into the views that calling the object on the images gives, up to rounding.
         """
@@ -101,7 +101,7 @@ class TwoViews:
         return both
 
     def reduction(self, ordinal: int, height: int, width: int) -> int:
-        """How many times smaller, 1, 2, 4 or 8, an image of that size may be with both crops twice the views' size.
+        """Return how many times smaller (1, 2, 4, 8) the image may be while its crops keep twice the views' size.
 
         `cut` makes nearly the same crops of an image that was decoded so many times smaller.
         """
@@ -112,7 +112,7 @@ class TwoViews:
     @torch.compiler.disable
     @torch.no_grad()
     def finish(self, crops: Tensor, ordinals: Tensor, *, out: Views | None = None) -> Views:
-        """View 1 and view 2 (float32 [B, C, height, width]) of what `cut` made, uint8 [B, 2, C, height, width]."""
+        """Return both views, float32 [B, C, height, width], of crops of `cut`, uint8 [B, 2, C, height, width]."""
 
         def pick(rows: Array, planes: Tensor) -> None:
             view, image = np.divmod(rows, len(crops))
@@ -133,7 +133,7 @@ class TwoViews:
         return crop.flip(-1) if crops.flip[row] else crop
 
     def _crop_together(self, images: Tensor, crops: "Crops", out: Tensor) -> None:
-        """The crops as two matrix products per image, into [C, B, height, width] in 0..1."""
+        """Write the crops into [C, B, height, width] in 0..1, with two matrix products per image."""
         batch, channels, height, width = images.shape
         device, mode = images.device, self.augmentation.interpolation
         pixels = images.float()
@@ -157,7 +157,7 @@ class TwoViews:
         device: torch.device,
         views: Views | None,
     ) -> Views:
-        """Everything after the crop; `cut` gets rows (0..B-1 of view 1, B..2B-1 of view 2) and where to put them."""
+        """Do everything after the crop; `cut` gets rows (0..B-1 of view 1, B..2B-1 of view 2) and where to put them."""
         changes = draw_changes(self.augmentation, _uniforms(self.seed, ordinals, CHANGE_DRAWS))
         means, stds = _per_channel(self.mean, channels), _per_channel(self.std, channels)
         batch, size = len(ordinals), (self.height, self.width)
@@ -171,7 +171,7 @@ class TwoViews:
             view, start = divmod(first, batch)
             target = views[view][start : start + group]
             members = np.arange(first, first + len(target))
-            # Equal orders side by side: an operation then works on stretches of the group, in place.
+            # Sort by order: an operation then works on stretches of the group, in place.
             members = members[np.argsort(changes.order_key()[members], kind="stable")]
             planes = pool[: target.numel()].view(channels, len(target), *size)
             with torch.autocast(device.type, enabled=False):
@@ -184,7 +184,7 @@ class TwoViews:
         return views
 
     def _change(self, planes: Tensor, changes: "Changes", scratch: Tensor) -> None:
-        """Colour jitter, grayscale, blur and solarize, in place, of [C, B, height, width] in 0..1."""
+        """Apply colour jitter, grayscale, blur and solarize, in place, to [C, B, height, width] in 0..1."""
         device, tile = planes.device, _tile(planes)
         flat = planes.flatten(2)
         jitters = jitter_operations(self.augmentation, len(planes))
@@ -232,7 +232,7 @@ def _put(planes: Tensor, images: Array, values: Tensor) -> None:
 
 
 def _rotate(pixels: Tensor, degrees: Tensor) -> Tensor:
-    """Float [B, C, H, W] turned about the centre, the border repeated outwards."""
+    """Rotate float [B, C, H, W] about the centre, with the border repeated outwards."""
     height, width = pixels.shape[-2:]
     cos, sin, zero = degrees.deg2rad().cos(), degrees.deg2rad().sin(), torch.zeros_like(degrees)
     rows = [cos, -sin * (height / width), zero, sin * (width / height), cos, zero]
@@ -243,7 +243,7 @@ def _rotate(pixels: Tensor, degrees: Tensor) -> Tensor:
 def _resize_matrices(
     start: Tensor, length: Tensor, flip: Tensor, size: int, total: int, interpolation: Interpolation
 ) -> Tensor:
-    """Matrices [B, size, total] that cut `length` of `total` pixels from `start`, resize them, and flip where asked.
+    """Return matrices [B, size, total] that cut `length` of `total` pixels from `start`, resize and flip them.
 
     Equal to `F.interpolate(..., antialias=True)` of the cut pixels.
     """
