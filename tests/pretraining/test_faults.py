@@ -311,7 +311,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_used(stopped, un
     (newest / "byol.safetensors").write_bytes(data)
     with started(stopped, "--resume") as process:
         assert process.wait(PATIENCE) == 0
-    assert f"{newest.name}: byol.safetensors has other contents than were saved" in log_of(stopped)
+    assert f"{newest.name}: byol.safetensors does not have the contents that were saved" in log_of(stopped)
     assert outcome(stopped) == uninterrupted("one process")
 
 
