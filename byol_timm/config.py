@@ -129,8 +129,8 @@ class PretrainConfig(ImagesConfig):
     """Compile the networks with torch.compile."""
     channels_last: bool | None = None
     """Use the channels_last memory format; None: for convolutional encoders."""
-    triton_views: bool = False
-    """Compute the views with Triton kernels: faster on a CUDA GPU, for images with 1 or 3 channels."""
+    triton_views: bool | None = None
+    """Compute the views with Triton kernels; None: on CUDA GPUs, for images with 1 or 3 channels."""
     cuda_graph: bool = False
     """Run the whole training step as one CUDA graph: faster for small networks on one GPU."""
     deterministic: bool = False

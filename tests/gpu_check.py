@@ -202,7 +202,8 @@ class Step:
         name = "paper" if size > 64 else "small"
         views_of = TwoViews(AUGMENTATIONS[name], size, mean=MEAN, std=STD)
         dtype = torch.bfloat16 if precision == "bf16" and triton else torch.float32
-        self.two_views = DeviceViews(views_of, DEVICE, last, triton=triton, dtype=dtype)
+        kernels = views_of.with_triton(dtype=dtype, channels_last=last) if triton else None
+        self.two_views = DeviceViews(views_of, DEVICE, last, kernels=kernels)
         self.lr = lr
         self.graphed = GraphedStep(self.accelerator, self.model, self.optimizer) if graphed else None
         self.stream = copied_ahead(endless(batch, size, whole), DEVICE)

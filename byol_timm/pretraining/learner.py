@@ -27,6 +27,7 @@ from ..training import (
     restore_optimizer,
     synchronize_batch_norms,
     train_step,
+    triton_kernels,
 )
 from .launch import Run
 from .plan import Plan
@@ -64,13 +65,10 @@ class Learner:
         self.skipped = 0
         # A GPU's step is checked when the next one is queued, so that the GPU never waits.
         self._unchecked: list[tuple[LateCheck, int, dict[str, Tensor], Sequence[Batch]]] = []
-        self._views = DeviceViews(
-            plan.views,
-            self.accelerator.device,
-            settings.channels_last,
-            triton=settings.triton_views,
-            dtype=torch.bfloat16 if self.accelerator.mixed_precision == "bf16" else torch.float32,
-        )
+        place = plan.views, self.accelerator.device, settings.channels_last
+        dtype = torch.bfloat16 if self.accelerator.mixed_precision == "bf16" else torch.float32
+        kernels = triton_kernels(*place, wanted=settings.triton_views, channels=settings.in_chans, dtype=dtype)
+        self._views = DeviceViews(*place, kernels=kernels)
         self._graphed = GraphedStep(self.accelerator, self.model, self.optimizer) if settings.cuda_graph else None
 
     @property

@@ -35,4 +35,5 @@ from .step import LateCheck as LateCheck
 from .step import enable_grad_checkpointing as enable_grad_checkpointing
 from .step import recovers as recovers
 from .step import train_step as train_step
+from .step import triton_kernels as triton_kernels
 from .sync_batch_norm import synchronize_batch_norms as synchronize_batch_norms

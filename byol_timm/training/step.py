@@ -1,9 +1,11 @@
 """One step of BYOL on the device."""
 
 import contextlib
+import importlib.util
+import logging
 import math
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
@@ -15,6 +17,11 @@ from ..data import Batch
 from ..errors import ByolTimmError
 from ..views import TwoViews
 from .processes import average_batch_statistics
+
+if TYPE_CHECKING:
+    from ..views import TritonViews
+
+logger = logging.getLogger(__name__)
 
 
 def enable_grad_checkpointing(encoder: Any) -> None:
@@ -121,38 +128,61 @@ class LateCheck:
 class DeviceViews:
     """Make the views of a batch on the device. They are valid until the next call, which uses their memory again.
 
-    triton: compute them with Triton kernels, in `dtype`; for a CUDA device and images of 1 or 3 channels.
+    kernels: the same views computed by Triton. The first batch is computed both ways; if the two differ, one warning
+    says so and all views are computed without the kernels.
     """
 
     def __init__(
-        self,
-        views: TwoViews,
-        device: torch.device,
-        channels_last: bool,
-        *,
-        triton: bool = False,
-        dtype: torch.dtype = torch.float32,
+        self, views: TwoViews, device: torch.device, channels_last: bool, *, kernels: "TritonViews | None" = None
     ) -> None:
-        self.views, self.device = views, device
+        self.views, self.device, self.kernels = views, device, kernels
         self.layout = torch.channels_last if channels_last else torch.contiguous_format
         self.last: tuple[Tensor, Tensor] | None = None
-        if triton and device.type != "cuda":
-            raise ByolTimmError(f"--triton_views needs a CUDA GPU ({device.type}). Omit it")
-        self.kernels = views.with_triton(dtype=dtype, channels_last=channels_last) if triton else None
+        self._checked = False
 
     def __call__(self, batch: Batch) -> tuple[Tensor, Tensor]:
         batch = batch.to(self.device)
+        if self.kernels is not None and not self._checked:
+            self._check(self.kernels, batch)
         if self.kernels is not None:
-            if batch.images is not None:
-                return self.kernels(batch.images, batch.ordinals)
-            assert batch.crops is not None
-            return self.kernels.finish(batch.crops, batch.ordinals)
-        if batch.images is not None:
-            self.last = self.views(batch.images, batch.ordinals, out=self.last)
-        elif batch.crops is not None:
-            self.last = self.views.finish(batch.crops, batch.ordinals, out=self.last)
-        view1, view2 = (view.contiguous(memory_format=self.layout) for view in self.last or ())
+            return _take(self.kernels, batch)
+        self.last = _take(self.views, batch, out=self.last)
+        view1, view2 = (view.contiguous(memory_format=self.layout) for view in self.last)
         return view1, view2
+
+    def _check(self, kernels: "TritonViews", batch: Batch) -> None:
+        """Compare the kernels with the reference; this waits for the device, once."""
+        self._checked = True
+        if not kernels.agree(_take(kernels, batch), _take(self.views, batch)):
+            logger.warning("the Triton views differ from the reference on this GPU, so they are not used")
+            self.kernels = None
+
+
+def _take(views: "TwoViews | TritonViews", batch: Batch, **settings: Any) -> tuple[Tensor, Tensor]:
+    if batch.images is not None:
+        return views(batch.images, batch.ordinals, **settings)
+    assert batch.crops is not None
+    return views.finish(batch.crops, batch.ordinals, **settings)
+
+
+def triton_kernels(
+    views: TwoViews,
+    device: torch.device,
+    channels_last: bool,
+    *,
+    wanted: bool | None,
+    channels: int,
+    dtype: torch.dtype,
+) -> "TritonViews | None":
+    """Return the Triton kernels for these views if they are wanted; None: on a CUDA device with Triton, if they fit.
+
+    dtype: of the views. Raises `ByolTimmError` if they are wanted and there is no CUDA GPU.
+    """
+    if wanted and device.type != "cuda":
+        raise ByolTimmError(f"--triton_views needs a CUDA GPU ({device.type}). Omit it")
+    if wanted is None:
+        wanted = device.type == "cuda" and channels in (1, 3) and importlib.util.find_spec("triton") is not None
+    return views.with_triton(dtype=dtype, channels_last=channels_last) if wanted else None
 
 
 def recovers(accelerator: Accelerator, loss: Tensor, skipped: int) -> bool:

@@ -78,6 +78,13 @@ class TritonViews:
         values = channels * math.prod(self.size)
         return self._finish(planes, rows, batch, channels, (values, batch * values), 1.0)
 
+    def agree(self, found: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor]) -> bool:
+        """Return True if these views are the expected ones of the reference, within 0.1 level and their rounding."""
+        level = 1 / 255 / torch.tensor(_per_channel(self.std, found[0].shape[1]), device=found[0].device).view(-1, 1, 1)
+        allowed = (0.1 * level + torch.finfo(self.dtype).eps * view.abs() for view in expected)
+        pairs = zip(found, expected, allowed, strict=True)
+        return all(bool(((a.float() - b).abs() <= most).all()) for a, b, most in pairs)
+
     @torch.no_grad()
     def finish(self, crops: Tensor, ordinals: Tensor) -> tuple[Tensor, Tensor]:
         """Return view 1 and view 2 of the crops that `TwoViews.cut` made, uint8 [B, 2, C, height, width]."""

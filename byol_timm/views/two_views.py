@@ -2,17 +2,17 @@
 
 import math
 from collections.abc import Callable, Sequence
-from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from .augmentation import JITTERS, Augmentation, Interpolation
-from .draws import CHANGE_DRAWS, CROP_DRAWS, Array, Changes, Crops, _uniforms, draw_changes, draw_crops
-from .operations import SCRATCH_PLANES, Padding, _tile, _tiles, blur, blur_taps, grayscale, jitter_operations, solarize
+from .augmentation import Augmentation
+from .changes import change
+from .crops import crop, crop_together, to_device
+from .draws import CHANGE_DRAWS, CROP_DRAWS, Array, _uniforms, draw_changes, draw_crops
+from .operations import SCRATCH_PLANES, _tile, _tiles
 from .plain import _per_channel
 
 if TYPE_CHECKING:
@@ -76,12 +76,12 @@ class TwoViews:
             sources = rows % len(images)
             if one_by_one:
                 for place, (source, row) in enumerate(zip(sources.tolist(), rows.tolist(), strict=True)):
-                    planes[:, place] = self._crop(images[source], crops, row)
+                    planes[:, place] = crop(images[source], crops, row, self.augmentation, planes.shape[2:])
                 planes.div_(255)
             else:
                 for part in _tiles(0, len(rows), _tile(planes)):
-                    selected = images.index_select(0, _to(sources[part], images.device))
-                    self._crop_together(selected, crops.take(rows[part]), planes[:, part])
+                    selected = images.index_select(0, to_device(sources[part], images.device))
+                    crop_together(selected, crops.take(rows[part]), self.augmentation, planes[:, part])
 
         return self._views(cut, images.shape[1], ordinals, images.device, out)
 
@@ -97,7 +97,7 @@ class TwoViews:
         both = torch.empty(2, channels, self.height, self.width, dtype=torch.uint8)
         for view, pixels in enumerate(both.numpy()):
             # numpy brings channels out of their turns twice as fast as torch does.
-            np.copyto(pixels, self._crop(image, crops, view).numpy())
+            np.copyto(pixels, crop(image, crops, view, self.augmentation, pixels.shape[1:]).numpy())
         return both
 
     def reduction(self, ordinal: int, height: int, width: int) -> int:
@@ -116,38 +116,10 @@ class TwoViews:
 
         def pick(rows: Array, planes: Tensor) -> None:
             view, image = np.divmod(rows, len(crops))
-            selected = crops.flatten(0, 1).index_select(0, _to(image * 2 + view, crops.device))
+            selected = crops.flatten(0, 1).index_select(0, to_device(image * 2 + view, crops.device))
             planes.copy_(selected.transpose(0, 1)).div_(255)
 
         return self._views(pick, crops.shape[2], ordinals, crops.device, out)
-
-    def _crop(self, image: Tensor, crops: "Crops", row: int) -> Tensor:
-        if self.augmentation.rotate:
-            angle = torch.tensor(crops.angle[row : row + 1], dtype=torch.float32)
-            image = _rotate(image[None].float(), angle)[0].round_().to(torch.uint8)
-        top, left, height, width = crops.box[row].tolist()
-        crop = image[:, top : top + height, left : left + width]
-        if (height, width) != (self.height, self.width):
-            size, mode = (self.height, self.width), self.augmentation.interpolation
-            crop = F.interpolate(crop[None], size, mode=mode, antialias=True)[0]
-        return crop.flip(-1) if crops.flip[row] else crop
-
-    def _crop_together(self, images: Tensor, crops: "Crops", out: Tensor) -> None:
-        """Write the crops into [C, B, height, width] in 0..1, with two matrix products per image."""
-        batch, channels, height, width = images.shape
-        device, mode = images.device, self.augmentation.interpolation
-        pixels = images.float()
-        if self.augmentation.rotate:
-            pixels = _rotate(pixels, _to(crops.angle.astype(np.float32), device))
-        top, left, rows, columns = _to(crops.box.T.astype(np.float32), device)
-        flip = _to(crops.flip.astype(np.float32), device)
-        down = _resize_matrices(top, rows, torch.zeros_like(flip), self.height, height, mode)
-        across = _resize_matrices(left, columns, flip, self.width, width, mode)
-        wide = torch.bmm(pixels.view(batch, channels * height, width), across.mT)
-        wide = wide.view(batch, channels, height, self.width)
-        for channel, plane in enumerate(out):
-            torch.bmm(down, wide[:, channel], out=plane)
-        out.div_(255).clamp_(0, 1)
 
     def _views(
         self,
@@ -176,90 +148,9 @@ class TwoViews:
             planes = pool[: target.numel()].view(channels, len(target), *size)
             with torch.autocast(device.type, enabled=False):
                 cut(members, planes)
-                self._change(planes, changes.take(members), scratch)
+                change(planes, changes.take(members), self.augmentation, scratch)
             for plane, mean, std in zip(planes, means, stds, strict=True):
                 torch.add(torch.tensor(-mean / std), plane, alpha=1 / std, out=plane)
             places = np.argsort(members)[:, None] + np.arange(channels) * len(target)
-            torch.index_select(planes.flatten(0, 1), 0, _to(places.ravel(), device), out=target.flatten(0, 1))
+            torch.index_select(planes.flatten(0, 1), 0, to_device(places.ravel(), device), out=target.flatten(0, 1))
         return views
-
-    def _change(self, planes: Tensor, changes: "Changes", scratch: Tensor) -> None:
-        """Apply colour jitter, grayscale, blur and solarize, in place, to [C, B, height, width] in 0..1."""
-        device, tile = planes.device, _tile(planes)
-        flat = planes.flatten(2)
-        jitters = jitter_operations(self.augmentation, len(planes))
-        amounts = _to(changes.amount.T.astype(np.float32), device)[:, :, None].unbind()
-        jittered = int(changes.jitter.sum())
-        for slot in range(len(JITTERS)):
-            kinds = changes.order[:jittered, slot]
-            bounds = [0, *(np.flatnonzero(np.diff(kinds)) + 1).tolist(), jittered]
-            for first, last in pairwise(bounds):
-                if first < last and (operation := jitters[kinds[first]]) is not None:
-                    for part in _tiles(first, last, tile):
-                        operation(flat[:, part], amounts[kinds[first]][part], scratch[:, : part.stop - part.start])
-        if len(planes) == 3 and len(gray := np.flatnonzero(changes.grayscale)):
-            _put(flat, gray, grayscale(_take(flat, gray)).expand(3, -1, -1))
-        if len(rows := np.flatnonzero(changes.blur)) and (taps := blur_taps(min(self.height, self.width))) > 1:
-            sigma = _to(changes.sigma[rows].astype(np.float32), device)
-            padding: Padding = "zeros" if self.augmentation.colors == "paper" else "reflect"
-            if len(rows) == len(changes.blur):
-                blur(planes, sigma, taps, padding)
-            else:
-                _put(planes, rows, blur(_take(planes, rows), sigma, taps, padding))
-        if len(inverted := np.flatnonzero(changes.solarize)):
-            _put(flat, inverted, solarize(_take(flat, inverted)))
-        planes.clamp_(0, 1)
-
-
-def _to(values: Array, device: torch.device) -> Tensor:
-    return torch.from_numpy(values).to(device, non_blocking=True)
-
-
-def _take(planes: Tensor, images: Array) -> Tensor:
-    return planes.index_select(1, _to(images, planes.device))
-
-
-def _put(planes: Tensor, images: Array, values: Tensor) -> None:
-    if planes.device.type == "cpu":
-        # `index_copy_` moves one number at a time there.
-        for image, value in zip(images.tolist(), values.unbind(1), strict=True):
-            planes[:, image] = value
-    else:
-        planes.index_copy_(1, _to(images, planes.device), values)
-
-
-# Crops
-
-
-def _rotate(pixels: Tensor, degrees: Tensor) -> Tensor:
-    """Rotate float [B, C, H, W] about the centre, with the border repeated outwards."""
-    height, width = pixels.shape[-2:]
-    cos, sin, zero = degrees.deg2rad().cos(), degrees.deg2rad().sin(), torch.zeros_like(degrees)
-    rows = [cos, -sin * (height / width), zero, sin * (width / height), cos, zero]
-    grid = F.affine_grid(torch.stack(rows, 1).view(-1, 2, 3), list(pixels.shape), align_corners=False)
-    return F.grid_sample(pixels, grid, padding_mode="border", align_corners=False)
-
-
-def _resize_matrices(
-    start: Tensor, length: Tensor, flip: Tensor, size: int, total: int, interpolation: Interpolation
-) -> Tensor:
-    """Return matrices [B, size, total] that cut `length` of `total` pixels from `start`, resize and flip them.
-
-    Equal to `F.interpolate(..., antialias=True)` of the cut pixels.
-    """
-    start, length, flip = start[:, None, None], length[:, None, None], flip[:, None, None]
-    scale = length / size
-    places = torch.arange(size, device=start.device, dtype=torch.float32)[:, None] + 0.5
-    centers = start + scale * (places + flip * (size - 2 * places))
-    pixels = torch.arange(total, device=start.device, dtype=torch.float32) + 0.5
-    distance = (pixels - centers).div_(scale.clamp(min=1)).abs_()
-    inner = (1 - distance).clamp_(min=0)
-    if interpolation == "bilinear":
-        weights = inner
-    else:
-        # Twice Keys' cubic with a = -1/2: an outer part on 0..2, and what the inner piece adds to it on 0..1.
-        outer = torch.sub(2, distance, out=distance).clamp_(min=0)
-        weights = (outer - 1).mul_(outer).mul_(outer)
-        weights.add_(torch.rsub(inner, 2, alpha=4).mul_(inner).mul_(inner))
-    weights.mul_(((pixels > start) & (pixels < start + length)).float())
-    return weights.div_(weights.sum(2, keepdim=True))

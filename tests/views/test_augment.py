@@ -19,8 +19,8 @@ from byol_timm.views import (
     normalize,
     omitted_operations,
     operations,
-    two_views,
 )
+from byol_timm.views.crops import _rotate
 
 MANY = range(20_000)
 RAW = {"mean": (0.0,), "std": (1.0,)}
@@ -210,7 +210,7 @@ def test_digits_are_turned_the_same_in_both_paths():
 
 def test_rotation_turns_by_the_angle():
     images = torch.rand(2, 3, 33, 33)
-    turned = two_views._rotate(images, torch.tensor([90.0, 0.0]))
+    turned = _rotate(images, torch.tensor([90.0, 0.0]))
     torch.testing.assert_close(turned[0], images[0].rot90(1, (1, 2)), rtol=0, atol=1e-4)
     torch.testing.assert_close(turned[1], images[1], rtol=0, atol=1e-4)
 

@@ -43,8 +43,41 @@ for name in ("paper", "digits"):
 compare("small", 3, torch.bfloat16, channels_last=True)
 """
 
+FALL_BACK = """
+import logging
+import torch
+from byol_timm.data import Batch
+from byol_timm.training import DeviceViews
+from byol_timm.views import AUGMENTATIONS, TwoViews
+
+logging.basicConfig(format="%(message)s")
+random = torch.Generator().manual_seed(0)
+images = torch.randint(0, 256, (4, 3, 16, 16), dtype=torch.uint8, generator=random)
+settings = dict(mean=[0.5] * 3, std=[0.2] * 3)
+views = TwoViews(AUGMENTATIONS["small"], 16, **settings)
+other = TwoViews(AUGMENTATIONS["small"], 16, seed=1, **settings)
+batch = Batch(images, None, torch.arange(4))
+for kernels in (views.with_triton(), other.with_triton()):
+    made = DeviceViews(views, torch.device("cpu"), False, kernels=kernels)
+    for _ in range(2):
+        for found, expected in zip(made(batch), views(batch.images, batch.ordinals), strict=True):
+            torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+    print("kernels" if made.kernels is not None else "reference")
+"""
+
+
+def interpreted(script):
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    outcome = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+    assert outcome.returncode == 0, outcome.stderr[-2000:]
+    return outcome
+
 
 def test_triton_views_are_the_views_of_the_cpu_within_a_tenth_of_a_level():
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    outcome = subprocess.run([sys.executable, "-c", COMPARE], env=environment, capture_output=True, text=True)
-    assert outcome.returncode == 0, outcome.stderr[-2000:]
+    interpreted(COMPARE)
+
+
+def test_kernels_that_differ_from_the_reference_are_not_used_and_one_warning_says_so():
+    outcome = interpreted(FALL_BACK)
+    assert outcome.stdout.split() == ["kernels", "reference"]
+    assert outcome.stderr.count("the Triton views differ from the reference") == 1
