@@ -41,7 +41,7 @@ class Journal:
         self, plan: Plan, learner: Learner, reader: StepReader, run: Run, checkpoint: Checkpoint | None
     ) -> None:
         self.plan, self.learner, self.reader, self.run = plan, learner, reader, run
-        # Step 0 has learned nothing that is worth deleting an earlier run for.
+        # Do not delete an earlier run for step 0, which has learned nothing.
         self._writer = CheckpointWriter(run.folder / "checkpoints", saved=lambda step: run.commit() if step else None)
         self._bad_before: list[str] = []
         if run.processes.is_main:

@@ -51,7 +51,7 @@ class TritonViews:
         """Return view 1 and view 2 of uint8 images [B, C, H, W] with int64 ordinals [B] on the CPU."""
         batch, channels, height, width = images.shape
         crops = draw_crops(self.augmentation, _uniforms(self.seed, ordinals, CROP_DRAWS), height, width)
-        table = self._changes(ordinals, channels)
+        table = draw_table(self.augmentation, self.seed, ordinals, channels)
         radians = np.deg2rad(crops.angle)
         table[:, BOX:] = np.column_stack([crops.box, crops.flip, np.cos(radians), np.sin(radians)])
         rows = table_to(table, images.device)
@@ -89,23 +89,9 @@ class TritonViews:
     def finish(self, crops: Tensor, ordinals: Tensor) -> tuple[Tensor, Tensor]:
         """Return view 1 and view 2 of the crops that `TwoViews.cut` made, uint8 [B, 2, C, height, width]."""
         batch, _, channels = crops.shape[:3]
-        rows = table_to(self._changes(ordinals, channels), crops.device)
+        rows = table_to(draw_table(self.augmentation, self.seed, ordinals, channels), crops.device)
         values = channels * math.prod(self.size)
         return self._finish(crops.contiguous(), rows, batch, channels, (2 * values, values), 1 / 255)
-
-    def _changes(self, ordinals: Tensor, channels: int) -> Array:
-        """Return the table of draws, float32 [2 B, COLUMNS], of view 1 and then of view 2, without the crops."""
-        changes = draw_changes(self.augmentation, _uniforms(self.seed, ordinals, CHANGE_DRAWS))
-        asked = [operation is not None for operation in jitter_operations(self.augmentation, channels)]
-        jitters = changes.jitter[:, None] & np.array(asked)[changes.order]
-        order = np.where(jitters, changes.order, NONE)
-        contrast = order == JITTERS.index("contrast")
-        table = np.zeros((len(order), COLUMNS), dtype=np.float32)
-        table[:, :4], table[:, 4:8] = order, changes.amount
-        table[:, GRAY], table[:, BLUR], table[:, SIGMA] = changes.grayscale, changes.blur, changes.sigma
-        table[:, SOLARIZE] = changes.solarize
-        table[:, CONTRAST] = np.where(contrast.any(1), contrast.argmax(1), NONE)
-        return table
 
     def _finish(
         self, source: Tensor, table: Tensor, batch: int, channels: int, strides: tuple[int, int], factor: float
@@ -161,6 +147,21 @@ class TritonViews:
         if self._out is None or self._out.shape != shape or self._out.device != device:
             self._out = torch.empty(shape, dtype=self.dtype, device=device)
         return self._out
+
+
+def draw_table(augmentation: Augmentation, seed: int, ordinals: Tensor, channels: int) -> Array:
+    """Return the table of draws, float32 [2 B, COLUMNS], of view 1 and then of view 2, without the crops."""
+    changes = draw_changes(augmentation, _uniforms(seed, ordinals, CHANGE_DRAWS))
+    asked = [operation is not None for operation in jitter_operations(augmentation, channels)]
+    jitters = changes.jitter[:, None] & np.array(asked)[changes.order]
+    order = np.where(jitters, changes.order, NONE)
+    contrast = order == JITTERS.index("contrast")
+    table = np.zeros((len(order), COLUMNS), dtype=np.float32)
+    table[:, :4], table[:, 4:8] = order, changes.amount
+    table[:, GRAY], table[:, BLUR], table[:, SIGMA] = changes.grayscale, changes.blur, changes.sigma
+    table[:, SOLARIZE] = changes.solarize
+    table[:, CONTRAST] = np.where(contrast.any(1), contrast.argmax(1), NONE)
+    return table
 
 
 def table_to(table: Array, device: torch.device) -> Tensor:
