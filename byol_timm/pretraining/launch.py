@@ -54,7 +54,7 @@ def open_run(config: PretrainConfig) -> Iterator[Run]:
         commits: list[Callable[[], None]] = []
         if not config.dry_run:
             processes.on_main(lambda: commits.append(_claim(folder, config, stack)))
-            earlier = _earlier(folder) if config.resume else None
+            earlier = _earlier(folder, processes) if config.resume else None
         interruption = stack.enter_context(Interruption(max_minutes=config.max_time))
         yield Run(folder, processes, interruption, earlier, commits[0] if commits else lambda: None, stack)
 
@@ -67,8 +67,11 @@ def _claim(folder: Path, config: PretrainConfig, stack: contextlib.ExitStack) ->
     return stack.enter_context(claim_folder(folder, resume=config.resume, overwrite=config.overwrite))
 
 
-def _earlier(folder: Path) -> Checkpoint | None:
+def _earlier(folder: Path, processes: Processes) -> Checkpoint | None:
     checkpoint = load_latest(folder / "checkpoints", groups=())
+    # At once: processes that resume from different steps, or from none, would wait for each other.
+    other_steps = f"finds other checkpoints in {folder} than process 0. Give all hosts one shared --output_dir"
+    processes.check_same(str(checkpoint and checkpoint.step), other_steps)
     if checkpoint is None and (folder / "encoder").exists():
         raise ByolTimmError(
             f"{folder} has an encoder but no checkpoint to resume from. Replace it with --overwrite, or choose another "
