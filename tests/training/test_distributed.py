@@ -132,7 +132,7 @@ def test_processes_with_different_settings_are_refused_once(tmp_path):
     result = run_together(tmp_path, train_with_own_seeds)
     assert result.returncode != 0
     [line] = errors_of(result)
-    assert "process 1 was started with other settings than process 0" in line
+    assert "process 1 has other settings than process 0" in line
 
 
 def test_hosts_that_share_no_disk_cannot_resume(run_of_two, tmp_path):
