@@ -163,7 +163,7 @@ def waits(work):
 
 
 def pictures(*shape, seed=0):
-    """Smooth uint8 images: what augmentations do to noise tells little."""
+    """Return smooth uint8 images; noise would hide errors of the augmentation."""
     random = torch.Generator().manual_seed(seed)
     small = torch.rand(math.prod(shape[:-3]), shape[-3], 9, 9, generator=random)
     return (F.interpolate(small, shape[-2:], mode="bicubic").clamp(0, 1) * 255).to(torch.uint8).view(shape)
@@ -979,7 +979,7 @@ def work_through(names):
         report["seconds"] = time.perf_counter() - start
         print(f"{MARK}done {json.dumps(report, default=str)}", flush=True)
         if "CUDA error" in report.get("error", ""):
-            # This process can use the device no more; another one goes on.
+            # This process has lost the device; a new process runs the other sections.
             sys.exit(1)
         with contextlib.suppress(Exception):
             AcceleratorState._reset_state(reset_partial_state=True)

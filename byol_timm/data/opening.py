@@ -39,7 +39,7 @@ def open_dataset(
 
     in_chans: 1 (grey), 3 (RGB), 4 (RGBA), or as many channels as TIFF stacks and arrays have.
     value_range: the values of images of more than 8 bits that become black and white.
-    split_seed: draws the tenth of every class that is held out where there is no labelled test split.
+    split_seed: the seed that holds out a tenth of every class if the dataset has no labelled test split.
     hold_out: False keeps all images of the split in `train` and gives no test images.
     """
     check_value_range(dataset, value_range)

@@ -338,7 +338,7 @@ def _resolve(protocol: str | Protocol, frozen: bool) -> tuple[str, Protocol]:
     name = protocol if isinstance(protocol, str) else "custom"
     if isinstance(protocol, str):
         if name not in PROTOCOLS:
-            raise ByolTimmError(f"there is no protocol {name!r}. Choose quick, {', '.join(PROTOCOLS)}")
+            raise ByolTimmError(f"unknown protocol {name!r}. Choose quick, {', '.join(PROTOCOLS)}")
         protocol = PROTOCOLS[name]
     if protocol.frozen != frozen:
         kinds = ("frozen", "fine-tuned") if protocol.frozen else ("fine-tuned", "frozen")

@@ -54,7 +54,7 @@ def claim_folder(path: Path, *, resume: bool = False, overwrite: bool = False) -
 
 
 def check_resumable(path: Path) -> None:
-    """Raise `ByolTimmError` if `path` looks like the mistyped name of a run; log that there is no run yet otherwise.
+    """Raise `ByolTimmError` if `path` looks like a mistyped name of a run; otherwise log that a new run starts.
 
     Clusters start a job with --resume from its first launch, so a missing folder alone is not an error.
     """

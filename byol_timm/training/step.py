@@ -176,7 +176,7 @@ def triton_kernels(
 ) -> "TritonViews | None":
     """Return the Triton kernels for these views if they are wanted; None: on a CUDA device with Triton, if they fit.
 
-    dtype: of the views. Raises `ByolTimmError` if they are wanted and there is no CUDA GPU.
+    dtype: the number type of the views. Raises `ByolTimmError` if they are wanted and there is no CUDA GPU.
     """
     if wanted and device.type != "cuda":
         raise ByolTimmError(f"--triton_views needs a CUDA GPU ({device.type}). Omit it")

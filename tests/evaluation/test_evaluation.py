@@ -541,7 +541,7 @@ def test_what_stands_in_for_a_broken_image_teaches_no_label(folder):
 @pytest.mark.parametrize(
     ("frozen", "protocol", "message"),
     [
-        (True, "byol", "there is no protocol 'byol'. Choose quick, byol-linear"),
+        (True, "byol", "unknown protocol 'byol'. Choose quick, byol-linear"),
         (True, "byol-semi-1", "protocol byol-semi-1 is for fine-tuned encoders, not frozen ones"),
         (False, "byol-linear", "protocol byol-linear is for frozen encoders, not fine-tuned ones"),
     ],
